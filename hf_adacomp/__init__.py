@@ -1,0 +1,27 @@
+"""Adaptive compression of word embeddings for Hugging Face Transformers.
+
+Importing this package makes `quant_method: "adacomp"` known to transformers, which must happen before a compressed
+model is loaded with `from_pretrained`.
+"""
+
+from .callback import AdaCompCallback
+from .compression import compress, decompress, pack
+from .config import AdaCompConfig
+from .embedding import AdaptiveCompressedEmbedding
+from .quantizer import register as _register
+from .report import size_report, token_table
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaCompCallback",
+    "AdaCompConfig",
+    "AdaptiveCompressedEmbedding",
+    "compress",
+    "decompress",
+    "pack",
+    "size_report",
+    "token_table",
+]
+
+_register()

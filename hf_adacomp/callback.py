@@ -1,0 +1,92 @@
+"""The Trainer callback: forwards training progress to the compressed embeddings."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .report import size_report
+from .surgery import compressed_embeddings, require_compressed
+from .token_counts import count_tokens
+
+logger = logging.getLogger(__name__)
+
+
+class AdaCompCallback(TrainerCallback):
+    """Drives the compressed embeddings of the model that a `Trainer` trains.
+
+    At the start it counts the training data, if counts were not given, and runs the warm start; before each optimizer
+    step it forwards `global_step / max_steps`, by which the embeddings anneal and then freeze; at the end it packs.
+    Logs gain `adacomp/temperature`, `adacomp/bits_per_token`, `adacomp/ratio` and `adacomp/phase`.
+
+    Everything that training depends on lives in the checkpoint: a resumed run repeats the uninterrupted one.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        for embedding in require_compressed(model).values():
+            embedding.abandoned = False
+            if not embedding.warm:
+                counts = None
+                if not embedding.token_counts.any():
+                    rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+                    counts = count_tokens(
+                        kwargs["train_dataloader"], embedding.num_embeddings, _input_name(model), max_rows=rows
+                    )
+                embedding.warm_start(counts, show_progress=not args.disable_tqdm)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        for embedding in compressed_embeddings(model).values():
+            before = embedding.phase
+            embedding.step(state.global_step / state.max_steps)
+            if before == "select" and embedding.phase == "encode":
+                # Scores so far belong to lengths that may have changed since: the best model is sought from here on.
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        embedding = next(iter(compressed_embeddings(model).values()))
+        report = size_report(model)
+        values = {
+            "adacomp/temperature": embedding.temperature,
+            "adacomp/bits_per_token": report.bits_per_token,
+            "adacomp/ratio": report.ratio,
+            "adacomp/phase": embedding.phase,
+        }
+        logs.update(values)
+        state.log_history[-1].update(values)  # the Trainer appended a copy before it called us
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        for name, embedding in compressed_embeddings(model).items():
+            if state.global_step >= state.max_steps:
+                embedding.freeze_lengths()
+            if embedding.phase == "select":
+                embedding.abandoned = True
+                logger.warning(
+                    "training stopped at step %d of %d, before the code lengths of %s were frozen: the model stays "
+                    "as it is. Resume the training, or call hf_adacomp.pack(model) to freeze the lengths of now",
+                    state.global_step,
+                    state.max_steps,
+                    name,
+                )
+            else:
+                embedding.pack()
+
+
+def _input_name(model: nn.Module) -> str:
+    return getattr(model, "main_input_name", "input_ids")

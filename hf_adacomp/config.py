@@ -1,0 +1,164 @@
+"""The settings of adaptive compression, validated at construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+QUANT_METHOD = "adacomp"
+FORMAT_VERSION = 1
+"""Version of the file format that this release writes; files with a newer one are refused."""
+
+ANNEALS = ("exponential", "linear", "cosine")
+HEADS = ("compress", "dense")
+CODEBOOK_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+
+
+class AdaCompConfig(QuantizationConfigMixin):
+    """Settings of adaptive compression (Kim, Kim, Lee: *Adaptive Compression of Word Embeddings*, ACL 2020).
+
+    Args:
+        code_lengths: Bits of each code-book, strictly increasing. Every token ends up with one of these lengths.
+        target_ratio: Bytes of the dense float32 table over all stored bytes of the compressed one (codes, lengths,
+            code-books). The frozen lengths never exceed that size.
+        temperature_start: Gumbel-softmax temperature at the first step.
+        temperature_end: Gumbel-softmax temperature when the lengths are frozen.
+        anneal: Path between the two: `"exponential"`, `"linear"` or `"cosine"`.
+        select_fraction: Share of training that learns the lengths; the rest trains the codes of frozen lengths. 0
+            keeps the lengths of the warm start.
+        tied: Whether the encoder shares its weights with the code vectors (`F_k = s_k C_k`).
+        orthogonality_weight: Weight of `|C_k C_k^T / scale - I|^2 / L_k`, averaged over the code-books.
+        reconstruction_weight: Weight of the relative squared error of the decoded against the source vectors.
+        codebook_dtype: How code vectors are stored: `"int8"` (one float32 scale a vector), `"float16"`, `"bfloat16"`
+            or `"float32"`. Training sees the rounded values, so storing them costs nothing further.
+        selection_gain: Factor between the selector's parameters and its logits: an optimizer step of `lr` moves a
+            logit by about `selection_gain * lr`, which lets one learning rate serve the model and the selector.
+        head: For models whose output head is tied to the table: `"compress"` or `"dense"`.
+        seed: Seed of the warm start and of the tokens that the regularisers sample.
+        format_version: Version of the file format; for files.
+        tables: Layout of the compressed tables by module name; filled by `compress` and `pack`, read when loading.
+
+    Raises:
+        ValueError: For a setting outside its domain. The message quotes it.
+    """
+
+    def __init__(
+        self,
+        code_lengths: Sequence[int] = (8, 32, 128, 384),
+        target_ratio: float = 40.0,
+        temperature_start: float = 1.0,
+        temperature_end: float = 0.3,
+        anneal: str = "exponential",
+        select_fraction: float = 0.5,
+        tied: bool = True,
+        orthogonality_weight: float = 0.01,
+        reconstruction_weight: float = 0.1,
+        codebook_dtype: str = "int8",
+        selection_gain: float = 400.0,
+        head: str = "compress",
+        seed: int = 0,
+        format_version: int = FORMAT_VERSION,
+        tables: Mapping[str, Mapping[str, Any]] | None = None,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"AdaCompConfig has quant_method={QUANT_METHOD!r}; got {quant_method!r}")
+        self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # plugins are registered by plain name
+        self.code_lengths = _checked_lengths(code_lengths)
+        self.target_ratio = _number("target_ratio", target_ratio, above=0)
+        self.temperature_start = _number("temperature_start", temperature_start, above=0)
+        self.temperature_end = _number("temperature_end", temperature_end, above=0)
+        if self.temperature_end > self.temperature_start:
+            raise ValueError(
+                "temperature_end must not exceed temperature_start: annealing only cools; got "
+                f"temperature_start={temperature_start} and temperature_end={temperature_end}"
+            )
+        self.anneal = _choice("anneal", anneal, ANNEALS)
+        self.select_fraction = _number("select_fraction", select_fraction, least=0, most=1)
+        self.tied = _boolean("tied", tied)
+        self.orthogonality_weight = _number("orthogonality_weight", orthogonality_weight, least=0)
+        self.reconstruction_weight = _number("reconstruction_weight", reconstruction_weight, least=0)
+        self.codebook_dtype = _choice("codebook_dtype", codebook_dtype, tuple(CODEBOOK_DTYPES))
+        self.selection_gain = _number("selection_gain", selection_gain, above=0)
+        self.head = _choice("head", head, HEADS)
+        self.seed = _integer("seed", seed)
+        self.format_version = _integer("format_version", format_version)
+        if not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={format_version} is not known to this hf_adacomp, which reads up to "
+                f"{FORMAT_VERSION}: upgrade hf_adacomp to load the file"
+            )
+        if tables is not None and not isinstance(tables, Mapping):
+            raise ValueError(f"tables must map module names to table layouts; got {tables!r}")
+        self.tables: dict[str, dict[str, Any]] = {name: dict(layout) for name, layout in (tables or {}).items()}
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The torch dtype in which code vectors are stored."""
+        return CODEBOOK_DTYPES[self.codebook_dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values; `AdaCompConfig(**config.to_dict())` gives an equal config."""
+        return {**super().to_dict(), "code_lengths": list(self.code_lengths)}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AdaCompConfig) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        settings = {name: value for name, value in self.__dict__.items() if name not in ("quant_method", "tables")}
+        return f"AdaCompConfig({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+
+def _checked_lengths(code_lengths: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(code_lengths, (str, bytes)) or not isinstance(code_lengths, Sequence) or not code_lengths:
+        raise ValueError(f"code_lengths must be a sequence of at least one length in bits; got {code_lengths!r}")
+    lengths = tuple(_integer("code_lengths", length) for length in code_lengths)
+    if min(lengths) < 1:
+        raise ValueError(f"code_lengths must be positive numbers of bits; got {lengths}")
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(f"code_lengths must not repeat a length; got {lengths}: drop the copies")
+    if list(lengths) != sorted(lengths):
+        raise ValueError(f"code_lengths must increase; got {lengths}: write {tuple(sorted(lengths))}")
+    if len(lengths) > 256:
+        raise ValueError(f"code_lengths has {len(lengths)} entries; at most 256 are supported")
+    return lengths
+
+
+def _number(
+    name: str, value: float, *, above: float | None = None, least: float = -math.inf, most: float = math.inf
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value!r}")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be greater than {above}; got {value!r}")
+    if not least <= value <= most:
+        domain = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+        raise ValueError(f"{name} must be {domain}; got {value!r}")
+    return float(value)
+
+
+def _integer(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} takes whole numbers; got {value!r}")
+    return value
+
+
+def _boolean(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+    return value
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    return value

@@ -1,0 +1,95 @@
+"""Loading and saving through transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from .config import QUANT_METHOD, AdaCompConfig
+from .embedding import AdaptiveCompressedEmbedding
+from .surgery import compressed_embeddings, install, matching_module, replace_module
+
+
+class AdaCompHfQuantizer(HfQuantizer):
+    """Rebuilds the layout of a saved model before its weights are loaded, or compresses a dense one after.
+
+    Compressed models carry an instance as `model.hf_quantizer`, which lets `Trainer` train and `save_pretrained` save
+    them.
+    """
+
+    quantization_config: AdaCompConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        if not self.quantization_config.tables:
+            raise ValueError(
+                "the quantization_config of the model has no `tables`, so that the shapes of its compressed table are "
+                "unknown; save the model again with model.save_pretrained"
+            )
+        for stored_name, layout in self.quantization_config.tables.items():
+            name, table = matching_module(model, stored_name)
+            shape = (layout["num_embeddings"], layout["embedding_dim"])
+            if (table.num_embeddings, table.embedding_dim) != shape:
+                raise ValueError(
+                    f"{name}: the config describes a model with a table of {table.num_embeddings} x "
+                    f"{table.embedding_dim}, its quantization_config a compressed one of {shape[0]} x {shape[1]}"
+                )
+            new = AdaptiveCompressedEmbedding.from_layout(layout, self.quantization_config, table.weight.dtype)
+            replace_module(model, table, new)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            install(model, self.quantization_config)
+            return model
+        for name, embedding in compressed_embeddings(model).items():
+            _refuse_missing(name, embedding)
+            embedding.after_loading(name)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called by `save_pretrained` before it writes anything: refuse half-trained tables, note the layouts."""
+        embeddings = compressed_embeddings(model)
+        for name, embedding in embeddings.items():
+            embedding.refuse_unfinished(name)
+        self.quantization_config.tables = {name: embedding.layout() for name, embedding in embeddings.items()}
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _refuse_missing(name: str, embedding: nn.Module) -> None:
+    # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
+    for key, tensor in embedding.state_dict(keep_vars=True).items():
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
+
+
+def register() -> None:
+    """Make `quant_method: "adacomp"` known to transformers; once."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(AdaCompConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(AdaCompHfQuantizer)

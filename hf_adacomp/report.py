@@ -1,0 +1,108 @@
+"""What a compressed model weighs and which tokens got which lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from . import packing
+from .surgery import require_compressed
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Stored bytes of the compressed tables of a model, by part; `print` shows a table.
+
+    `dense_bytes` is the float32 table that they replace. All other figures are what a file holds.
+    """
+
+    num_tokens: int
+    dense_bytes: int
+    codes_bytes: int
+    lengths_bytes: int
+    codebook_bytes: int
+    tokens_per_length: dict[int, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Codes, lengths and code-books."""
+        return self.codes_bytes + self.lengths_bytes + self.codebook_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes over all stored bytes."""
+        return self.dense_bytes / self.total_bytes
+
+    @property
+    def bits_per_token(self) -> float:
+        """Mean code length in bits."""
+        return sum(length * tokens for length, tokens in self.tokens_per_length.items()) / self.num_tokens
+
+    def __str__(self) -> str:
+        rows = [
+            ("dense float32 table", self.dense_bytes),
+            ("codes", self.codes_bytes),
+            ("code lengths", self.lengths_bytes),
+            ("code-books", self.codebook_bytes),
+            ("total", self.total_bytes),
+        ]
+        lines = [f"{name:<22}{size:>14,} bytes" for name, size in rows]
+        lines.append(f"{'ratio':<22}{self.ratio:>14.1f}")
+        lines.append(f"{'bits a token':<22}{self.bits_per_token:>14.1f}")
+        lines += [
+            f"  {length:>5} bits{tokens:>24,} tokens ({100 * tokens / self.num_tokens:.1f} %)"
+            for length, tokens in self.tokens_per_length.items()
+        ]
+        return "\n".join(lines)
+
+
+class TokenRow(NamedTuple):
+    """A token, its id, its count in the training data (None once packed) and its code length in bits."""
+
+    token: str
+    id: int
+    count: int | None
+    bits: int
+
+
+def size_report(model: nn.Module) -> SizeReport:
+    """Stored size of the compressed tables of `model`, as if packed now."""
+    parts = []
+    for embedding in require_compressed(model).values():
+        lengths = embedding.code_lengths()
+        tokens = {length: int((lengths == length).sum()) for length in embedding.config.code_lengths}
+        parts.append(
+            SizeReport(
+                num_tokens=embedding.num_embeddings,
+                dense_bytes=embedding.num_embeddings * embedding.embedding_dim * 4,
+                codes_bytes=sum(packing.group_bytes(list(tokens.values()), list(tokens))),
+                lengths_bytes=packing.packed_bytes(embedding.num_embeddings * packing.index_bits(len(tokens))),
+                codebook_bytes=sum(book.stored_bytes() for book in embedding.books()),
+                tokens_per_length=tokens,
+            )
+        )
+    if len(parts) == 1:
+        return parts[0]
+    lengths_found = sorted({length for part in parts for length in part.tokens_per_length})
+    return SizeReport(
+        num_tokens=sum(part.num_tokens for part in parts),
+        dense_bytes=sum(part.dense_bytes for part in parts),
+        codes_bytes=sum(part.codes_bytes for part in parts),
+        lengths_bytes=sum(part.lengths_bytes for part in parts),
+        codebook_bytes=sum(part.codebook_bytes for part in parts),
+        tokens_per_length={
+            length: sum(part.tokens_per_length.get(length, 0) for part in parts) for length in lengths_found
+        },
+    )
+
+
+def token_table(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """One row a token of the (first) compressed table, in id order."""
+    embedding = next(iter(require_compressed(model).values()))
+    bits = embedding.code_lengths().tolist()
+    counts = [None] * len(bits) if embedding.packed is not None else embedding.token_counts.tolist()
+    tokens = tokenizer.convert_ids_to_tokens(range(len(bits)))
+    return [TokenRow(token, i, count, length) for i, (token, count, length) in enumerate(zip(tokens, counts, bits))]

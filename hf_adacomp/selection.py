@@ -1,0 +1,140 @@
+"""Selection of code lengths: logits, Gumbel-softmax and the assignment that meets a size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SHARPNESS = 4.0
+"""Logits that separate the longest from the shortest code at the warm start by their price alone."""
+
+
+class _Amplify(torch.autograd.Function):
+    """`gain * x` whose gradient is that of `x`.
+
+    Adam takes steps of the learning rate whatever the gradient's scale, so a factor in the forward pass alone raises
+    the effective rate of the logits, and the Trainer's gradient clipping is not filled up by the selector.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: float) -> Tensor:
+        return gain * x
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        return grad[0], None
+
+
+class LengthSelector(nn.Module):
+    """Logits over n code lengths for each of V tokens.
+
+        a_{w,k} = -cost_{w,k} - price * L_k + gain * offset_{w,k}
+
+    `cost` is the warm start's weighted distortion and `offset` is learned on the task. `price`, the Lagrange
+    multiplier of the stored bits, is solved rather than tuned: it is the least price at which the most likely lengths
+    fit the size.
+
+    Args:
+        num_tokens: V.
+        code_lengths: The n lengths in bits, increasing.
+        gain: Factor between the parameter and the logits.
+    """
+
+    lengths: Tensor
+    price: Tensor
+
+    def __init__(
+        self,
+        num_tokens: int,
+        code_lengths: tuple[int, ...],
+        gain: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.code_lengths, self.gain = code_lengths, gain
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.offset = nn.Parameter(torch.zeros(num_tokens, len(code_lengths), **options))
+        # A parameter without gradient, because DDP broadcasts buffers on every forward pass.
+        self.cost = nn.Parameter(torch.zeros(num_tokens, len(code_lengths), **options), requires_grad=False)
+        self.register_buffer("price", torch.full((), SHARPNESS / code_lengths[-1], **options))
+
+    def scores(self, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """Logits before the price, (tokens, n)."""
+        return _Amplify.apply(self.offset[tokens], self.gain) - self.cost[tokens]
+
+    def forward(self, tokens: Tensor, temperature: float) -> Tensor:
+        """One Gumbel-softmax sample for each token, (N,) -> (N, n), rows on the simplex (Jang et al. 2017)."""
+        lengths = torch.tensor(self.code_lengths, device=self.price.device, dtype=self.price.dtype)
+        return F.gumbel_softmax(self.scores(tokens) - self.price * lengths, tau=temperature)
+
+    @torch.no_grad()
+    def set_cost(self, distortion: Tensor, code_bits: int) -> None:
+        """Start from weighted distortions (V, n), scaled so that the price of the longest code is `SHARPNESS`.
+
+        Rare tokens then sit within a few logits of every length, where the task can move them, while tokens whose
+        distortion outweighs the price are as good as settled.
+        """
+        lengths = torch.tensor(self.code_lengths, device=distortion.device)
+        _, price = assign_lengths(-distortion, lengths, code_bits)
+        scale = SHARPNESS / (price * self.code_lengths[-1]) if price > 0 else 1.0
+        self.cost.copy_(distortion * scale)
+        self.offset.zero_()
+        self.price.fill_(price * scale)
+
+    @torch.no_grad()
+    def solve(self, code_bits: int) -> tuple[Tensor, float]:
+        """The index of each token's code length, (V,) int64, and the price at which the codes fit `code_bits`."""
+        lengths = torch.tensor(self.code_lengths, device=self.price.device)
+        return assign_lengths(self.scores(), lengths, code_bits)
+
+
+def assign_lengths(scores: Tensor, lengths: Tensor, code_bits: int) -> tuple[Tensor, float]:
+    """The assignment of code lengths with the best total score among those that fit `code_bits`.
+
+    Each token takes `argmax_k scores_{w,k} - price * L_k` at the least price at which the codes fit. Where tokens tie
+    at that price, the ones that gain most a bit are given the longer code, in order, as long as they fit.
+
+    Args:
+        scores: (V, n).
+        lengths: (n,) bits, increasing.
+        code_bits: Bits available for all codes; at least V times the shortest length.
+
+    Returns:
+        The index of each token's length, (V,) int64, and the price.
+    """
+    scores = scores.detach().to(torch.float64)
+    bits = lengths.to(scores.dtype)
+
+    def choose(price: float) -> Tensor:
+        return (scores - price * bits).argmax(dim=1)
+
+    def used(assignment: Tensor) -> int:
+        return int(lengths[assignment].sum())
+
+    if not torch.isfinite(scores).all():
+        raise ValueError("selection scores hold NaN or Inf: the training loss diverged; lower the learning rate")
+    if len(scores) * int(lengths[0]) > code_bits:
+        raise ValueError(f"{len(scores)} codes of at least {int(lengths[0])} bits do not fit {code_bits} bits")
+    longer = choose(0.0)
+    if used(longer) <= code_bits:
+        return longer, 0.0
+    low, high = 0.0, max(1e-30, float((scores.amax(1) - scores.amin(1)).max()))
+    while used(choose(high)) > code_bits:  # gaps in bits may be below one
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if used(choose(middle)) > code_bits else (low, middle)
+    longer, assignment = choose(low), choose(high)
+    ties = (longer != assignment).nonzero().squeeze(1)
+    extra = (lengths[longer] - lengths[assignment])[ties]
+    gain = scores[ties, longer[ties]] - scores[ties, assignment[ties]]
+    order = torch.argsort(gain / extra, descending=True, stable=True)
+    fits = extra[order].cumsum(0) <= code_bits - used(assignment)
+    upgraded = ties[order[fits]]
+    assignment[upgraded] = longer[upgraded]
+    return assignment, high

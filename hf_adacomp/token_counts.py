@@ -1,0 +1,51 @@
+"""Count the tokens of the training data."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+BATCH_SIZE = 64
+
+
+def count_tokens(
+    loader: DataLoader[Any], num_embeddings: int, input_name: str = "input_ids", max_rows: int | None = None
+) -> Tensor:
+    """Occurrences of each token id in the dataset of a data loader, (V,) int64.
+
+    Reads the dataset itself, in order, through the loader's collator: no row is dropped or sharded, every process
+    counts the same, and the order in which training will draw is left alone. Padding (`attention_mask` 0) does not
+    count.
+
+    Args:
+        loader: The training data loader.
+        num_embeddings: V.
+        input_name: The batch's key for token ids.
+        max_rows: Read at most so many rows of an iterable dataset, which may have no end.
+    """
+    dataset = loader.dataset
+    limit = None
+    if isinstance(dataset, IterableDataset):
+        limit = None if max_rows is None else -(-max_rows // BATCH_SIZE)
+        total = limit
+    else:
+        total = -(-len(dataset) // BATCH_SIZE)  # type: ignore[arg-type]  # map-style datasets have a length
+    batches = DataLoader(dataset, batch_size=BATCH_SIZE, collate_fn=loader.collate_fn)
+    counts = torch.zeros(num_embeddings, dtype=torch.int64)
+    with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
+        for batch in tqdm(islice(batches, limit), desc="Counting tokens", total=total):
+            if input_name not in batch:
+                raise ValueError(
+                    f"cannot count the training data: its batches have no {input_name!r} but {sorted(batch)}; pass "
+                    "token_counts to compress(model, config, token_counts=...)"
+                )
+            ids = batch[input_name]
+            mask = batch.get("attention_mask")
+            ids = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids.flatten()
+            counts += torch.bincount(ids.to("cpu", torch.int64), minlength=num_embeddings)
+    return counts
