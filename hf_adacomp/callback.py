@@ -30,9 +30,9 @@ class AdaCompCallback(TrainerCallback):
     ) -> None:
         for embedding in require_compressed(model).values():
             embedding.abandoned = False
-            if not embedding.warm:
+            if embedding.coder is not None and not embedding.coder.warm:
                 counts = None
-                if not embedding.token_counts.any():
+                if not embedding.coder.token_counts.any():
                     rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
                     counts = count_tokens(
                         kwargs["train_dataloader"], embedding.num_embeddings, _input_name(model), max_rows=rows
@@ -73,7 +73,7 @@ class AdaCompCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         for name, embedding in compressed_embeddings(model).items():
-            if state.global_step >= state.max_steps:
+            if embedding.phase == "select" and state.global_step >= state.max_steps:
                 embedding.freeze_lengths()
             if embedding.phase == "select":
                 embedding.abandoned = True

@@ -85,9 +85,13 @@ class BinaryCodebook(nn.Module):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """`decode(encode(x))` without gradients, in blocks of bounded memory."""
-        block = max(1, BITS_PER_BLOCK // max(self.length, self.dim))
         with torch.no_grad():
-            return torch.cat([self.decode(self.encode(rows)) for rows in x.split(block)])
+            return torch.cat([self.decode(self.encode(rows)) for rows in x.split(self.block)])
+
+    @property
+    def block(self) -> int:
+        """Rows to process at once; a multiple of 8, so that blocks of packed codes end at a byte."""
+        return 8 * max(1, BITS_PER_BLOCK // (8 * max(self.length, self.dim)))
 
     def code_vectors(self) -> Tensor:
         """The (L, d) code vectors as stored; gradients reach `weight` (or `scale` once packed as int8)."""
@@ -121,6 +125,11 @@ class BinaryCodebook(nn.Module):
             self.register_buffer("weight", integers)
             self.scale = nn.Parameter(scale)
         self.packed = True
+
+    def restore_constants(self) -> None:
+        """Mark the constants as such again after transformers loaded them as trainable parameters."""
+        if self.tied and not self.packed:
+            self.encoder_scale.requires_grad_(False)
 
     def stored_bytes(self) -> int:
         """Bytes of the packed code-book in a file: code vectors, bias and, for int8, scales."""

@@ -21,7 +21,7 @@ number of earlier tokens of that length, `block_ranks` for its block of tokens p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,10 +80,9 @@ def unpack_lengths(lengths: Tensor, tokens: Tensor, num_lengths: int) -> Tensor:
     return (bit << place).sum(dim=-1, dtype=torch.uint8)
 
 
-def pack_codes(groups: Sequence[Iterable[Tensor]]) -> Tensor:
+def pack_codes(groups: Sequence[Sequence[Tensor]]) -> Tensor:
     """Pack the codes of each group, given as blocks of rows (N, L_k); all but a group's last block of N % 8 == 0."""
-    parts = [pack_bits(block) for blocks in groups for block in blocks]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
+    return torch.cat([pack_bits(block) for blocks in groups for block in blocks])
 
 
 def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:

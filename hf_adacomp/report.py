@@ -103,6 +103,9 @@ def token_table(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[To
     """One row a token of the (first) compressed table, in id order."""
     embedding = next(iter(require_compressed(model).values()))
     bits = embedding.code_lengths().tolist()
-    counts = [None] * len(bits) if embedding.packed is not None else embedding.token_counts.tolist()
+    counts = [None] * len(bits) if embedding.coder is None else embedding.coder.token_counts.tolist()
     tokens = tokenizer.convert_ids_to_tokens(range(len(bits)))
-    return [TokenRow(token, i, count, length) for i, (token, count, length) in enumerate(zip(tokens, counts, bits))]
+    return [
+        TokenRow(token, i, count, length)
+        for i, (token, count, length) in enumerate(zip(tokens, counts, bits, strict=True))
+    ]

@@ -1,4 +1,4 @@
-"""Selection of code lengths: logits, Gumbel-softmax and the assignment that meets a size."""
+"""Selection of code lengths: logits and Gumbel-softmax."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .budget import assign_lengths
 
 SHARPNESS = 4.0
 """Logits that separate the longest from the shortest code at the warm start by their price alone."""
@@ -43,7 +45,6 @@ class LengthSelector(nn.Module):
         gain: Factor between the parameter and the logits.
     """
 
-    lengths: Tensor
     price: Tensor
 
     def __init__(
@@ -91,50 +92,3 @@ class LengthSelector(nn.Module):
         """The index of each token's code length, (V,) int64, and the price at which the codes fit `code_bits`."""
         lengths = torch.tensor(self.code_lengths, device=self.price.device)
         return assign_lengths(self.scores(), lengths, code_bits)
-
-
-def assign_lengths(scores: Tensor, lengths: Tensor, code_bits: int) -> tuple[Tensor, float]:
-    """The assignment of code lengths with the best total score among those that fit `code_bits`.
-
-    Each token takes `argmax_k scores_{w,k} - price * L_k` at the least price at which the codes fit. Where tokens tie
-    at that price, the ones that gain most a bit are given the longer code, in order, as long as they fit.
-
-    Args:
-        scores: (V, n).
-        lengths: (n,) bits, increasing.
-        code_bits: Bits available for all codes; at least V times the shortest length.
-
-    Returns:
-        The index of each token's length, (V,) int64, and the price.
-    """
-    scores = scores.detach().to(torch.float64)
-    bits = lengths.to(scores.dtype)
-
-    def choose(price: float) -> Tensor:
-        return (scores - price * bits).argmax(dim=1)
-
-    def used(assignment: Tensor) -> int:
-        return int(lengths[assignment].sum())
-
-    if not torch.isfinite(scores).all():
-        raise ValueError("selection scores hold NaN or Inf: the training loss diverged; lower the learning rate")
-    if len(scores) * int(lengths[0]) > code_bits:
-        raise ValueError(f"{len(scores)} codes of at least {int(lengths[0])} bits do not fit {code_bits} bits")
-    longer = choose(0.0)
-    if used(longer) <= code_bits:
-        return longer, 0.0
-    low, high = 0.0, max(1e-30, float((scores.amax(1) - scores.amin(1)).max()))
-    while used(choose(high)) > code_bits:  # gaps in bits may be below one
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if used(choose(middle)) > code_bits else (low, middle)
-    longer, assignment = choose(low), choose(high)
-    ties = (longer != assignment).nonzero().squeeze(1)
-    extra = (lengths[longer] - lengths[assignment])[ties]
-    gain = scores[ties, longer[ties]] - scores[ties, assignment[ties]]
-    order = torch.argsort(gain / extra, descending=True, stable=True)
-    fits = extra[order].cumsum(0) <= code_bits - used(assignment)
-    upgraded = ties[order[fits]]
-    assignment[upgraded] = longer[upgraded]
-    return assignment, high

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -51,7 +48,9 @@ def token_table_of(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
         table = None
     names = [name for name, module in model.named_modules() if module is table]
     if table is None or not names:
-        raise ValueError(f"{type(model).__name__} has no token embeddings to compress (get_input_embeddings found none)")
+        raise ValueError(
+            f"{type(model).__name__} has no token embeddings to compress (get_input_embeddings found none)"
+        )
     if type(table) is not nn.Embedding:
         raise ValueError(
             f"{type(model).__name__}: the token embeddings {names[0]!r} are a {type(table).__name__}; only "
@@ -78,13 +77,9 @@ def refuse_tied(model: PreTrainedModel, name: str, table: nn.Embedding) -> None:
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `model` holds `old`."""
-    for name, parent in _parents_of(model, old):
+    places = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if child is old]
+    for parent, name in places:
         setattr(parent, name, new)
-
-
-def _parents_of(model: nn.Module, child: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    places = [(name, parent) for parent in model.modules() for name, module in parent._modules.items() if module is child]
-    yield from places
 
 
 def matching_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -93,15 +88,10 @@ def matching_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     `bert.embeddings.word_embeddings` of a classifier is `embeddings.word_embeddings` of the bare model.
     """
     for candidate, module in model.named_modules():
-        if candidate and (candidate == name or candidate.endswith("." + name) or name.endswith("." + candidate)):
-            if isinstance(module, nn.Embedding):
-                return candidate, module
+        same = candidate == name or candidate.endswith("." + name) or name.endswith("." + candidate)
+        if candidate and same and isinstance(module, nn.Embedding):
+            return candidate, module
     raise ValueError(
         f"the file's quantization_config names a compressed table {name!r}, but {type(model).__name__} has no "
         "nn.Embedding of that name: load it with the model class it was saved from"
     )
-
-
-def meta_dtype(table: nn.Embedding) -> torch.dtype:
-    """The dtype in which the tables of a model under construction are made."""
-    return table.weight.dtype

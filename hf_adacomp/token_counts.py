@@ -1,4 +1,4 @@
-"""Count the tokens of the training data."""
+"""Token counts: of the training data, and checked."""
 
 from __future__ import annotations
 
@@ -49,3 +49,16 @@ def count_tokens(
             ids = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids.flatten()
             counts += torch.bincount(ids.to("cpu", torch.int64), minlength=num_embeddings)
     return counts
+
+
+def checked_counts(token_counts: Tensor, num_embeddings: int) -> Tensor:
+    """The counts as int64, (V,); ValueError for another shape, negative or non-finite ones."""
+    counts = torch.as_tensor(token_counts)
+    if counts.shape != (num_embeddings,):
+        raise ValueError(f"token_counts must have shape ({num_embeddings},); got {tuple(counts.shape)}")
+    if counts.is_floating_point() and not torch.isfinite(counts).all():
+        raise ValueError("token_counts must be finite; got NaN or Inf")
+    if (counts < 0).any():
+        bad = int((counts < 0).nonzero()[0])
+        raise ValueError(f"token_counts must not be negative; got {counts[bad].item()} for token {bad}")
+    return counts.to(torch.int64)

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .budget import assign_lengths
 from .codebook import BinaryCodebook
-from .selection import assign_lengths
 
 FIT_STEPS = 400
-FIT_BATCH = 2048
+FIT_BATCH = 512
 FIT_LEARNING_RATE = 0.01
-ROUNDS = 2
+ROUNDS = 1
 
 
 def token_weights(counts: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def warm_start(
     x = source.detach().to(torch.float32)
     weights = token_weights(counts).to(x.device)
     lengths = torch.tensor([book.length for book in codebooks], device=x.device)
-    mean, axes, variances = _principal_axes(x, weights)
+    mean, _, variances = _principal_axes(x, weights)
     bound = torch.stack([_rate_distortion(variances, book.length) for book in codebooks])
     cost = (weights * (x - mean).square().sum(1))[:, None] * (bound / variances.sum().clamp_min(1e-30))
     with tqdm(total=ROUNDS * len(codebooks), desc="Fitting code-books", disable=not show_progress) as progress:

@@ -1,0 +1,119 @@
+"""The part of a compressed embedding that only training needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdaCompConfig
+from .schedule import phase_at, temperature_at
+from .selection import LengthSelector
+from .token_counts import checked_counts
+
+COLD, SELECT, ENCODE = range(3)
+"""Values of the `stage` buffer: before the warm start, lengths being learned, lengths frozen."""
+
+PROGRESS_UNIT = 10**9
+"""`progress` counts training in billionths: an integer survives casts of the model, and so does the schedule."""
+
+
+class TokenCoder(nn.Module):
+    """Source table, token counts, length selector and the state of the schedule; dropped when the bits are packed.
+
+    All state is in tensors under fixed names, whatever the phase, so that any checkpoint of a run loads into any
+    moment of it.
+
+    Args:
+        source: The table that is compressed, (V, d).
+        config: The settings.
+    """
+
+    assignment: Tensor
+    stage: Tensor
+    progress: Tensor
+
+    def __init__(self, source: Tensor, config: AdaCompConfig) -> None:
+        super().__init__()
+        self.config = config
+        options: dict[str, Any] = {"device": source.device}
+        # Parameters without gradient rather than buffers: DDP broadcasts buffers on every forward pass.
+        self.source = nn.Parameter(source, requires_grad=False)
+        self.token_counts = nn.Parameter(torch.zeros(len(source), dtype=torch.int64, **options), requires_grad=False)
+        self.selector = LengthSelector(
+            len(source), config.code_lengths, config.selection_gain, dtype=source.dtype, **options
+        )
+        self.register_buffer("assignment", torch.zeros(len(source), dtype=torch.uint8, **options))
+        self.register_buffer("stage", torch.tensor(COLD, dtype=torch.uint8, **options))
+        self.register_buffer("progress", torch.tensor(-1, dtype=torch.int64, **options))
+
+    @property
+    def phase(self) -> str:
+        """`"select"` or `"encode"`."""
+        return "encode" if self.stage == ENCODE else "select"
+
+    @property
+    def warm(self) -> bool:
+        """Whether the code-books hold a fit of the source table."""
+        return bool(self.stage != COLD)
+
+    @property
+    def driven(self) -> bool:
+        """Whether `advance` was ever called."""
+        return bool(self.progress >= 0)
+
+    @property
+    def temperature(self) -> float:
+        """Gumbel-softmax temperature at the current progress."""
+        settings = self.config
+        return temperature_at(
+            max(0, int(self.progress)) / PROGRESS_UNIT,
+            settings.temperature_start,
+            settings.temperature_end,
+            settings.select_fraction,
+            settings.anneal,
+        )
+
+    def set_counts(self, token_counts: Tensor) -> None:
+        """Take over token counts, (V,)."""
+        self.token_counts.copy_(checked_counts(token_counts, len(self.source)))
+
+    def start(self, cost: Tensor, code_bits: int) -> None:
+        """Begin selection from the warm start's weighted distortions, (V, n)."""
+        self.selector.set_cost(cost, code_bits)
+        self.stage.fill_(SELECT)
+        self.settle(code_bits)
+
+    def advance(self, fraction: float, code_bits: int) -> None:
+        """Take note that a share `fraction` of training is done: progress, price, and the freeze when it is due."""
+        self.progress.fill_(round(fraction * PROGRESS_UNIT))
+        if self.phase == "select":
+            self.selector.price.fill_(self.settle(code_bits))
+            if phase_at(int(self.progress) / PROGRESS_UNIT, self.config.select_fraction) == "encode":
+                self.stage.fill_(ENCODE)
+
+    def hard_assignment(self, code_bits: int) -> tuple[Tensor, float]:
+        """Index of each token's hard code length, (V,), and the price at which they fit (0 once frozen)."""
+        return self.selector.solve(code_bits) if self.phase == "select" else (self.assignment, 0.0)
+
+    @torch.no_grad()
+    def settle(self, code_bits: int) -> float:
+        """Set `assignment` to the hard lengths of the moment; returns the price at which they fit.
+
+        The price is not the selector's from here on: evaluation settles too, and must not change training.
+        """
+        assignment, price = self.hard_assignment(code_bits)
+        self.assignment.copy_(assignment)
+        return price
+
+    def freeze(self, code_bits: int) -> None:
+        """Freeze the hard lengths of the current scores."""
+        if self.phase == "select":
+            self.settle(code_bits)
+            self.stage.fill_(ENCODE)
+
+    def restore_constants(self) -> None:
+        """Mark the constants as such again after transformers loaded them as trainable parameters."""
+        for constant in (self.source, self.token_counts, self.selector.cost):
+            constant.requires_grad_(False)
