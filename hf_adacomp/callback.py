@@ -26,23 +26,26 @@ class AdaCompCallback(TrainerCallback):
     """
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for embedding in require_compressed(model).values():
+        for embedding in require_compressed(kwargs["model"]).values():
             embedding.abandoned = False
             if embedding.coder is not None and not embedding.coder.warm:
                 counts = None
                 if not embedding.coder.token_counts.any():
                     rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
                     counts = count_tokens(
-                        kwargs["train_dataloader"], embedding.num_embeddings, _input_name(model), max_rows=rows
+                        kwargs["train_dataloader"],
+                        embedding.num_embeddings,
+                        _input_name(kwargs["model"]),
+                        max_rows=rows,
                     )
                 embedding.warm_start(counts, show_progress=not args.disable_tqdm)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for embedding in compressed_embeddings(model).values():
+        for embedding in compressed_embeddings(kwargs["model"]).values():
             before = embedding.phase
             embedding.step(state.global_step / state.max_steps)
             if before == "select" and embedding.phase == "encode":
@@ -54,25 +57,23 @@ class AdaCompCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
-        logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        embedding = next(iter(compressed_embeddings(model).values()))
-        report = size_report(model)
-        values = {
+        embedding = next(iter(compressed_embeddings(kwargs["model"]).values()))
+        report = size_report(kwargs["model"])
+        values: dict[str, Any] = {
             "adacomp/temperature": embedding.temperature,
             "adacomp/bits_per_token": report.bits_per_token,
             "adacomp/ratio": report.ratio,
             "adacomp/phase": embedding.phase,
         }
-        logs.update(values)
+        kwargs["logs"].update(values)
         state.log_history[-1].update(values)  # the Trainer appended a copy before it called us
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for name, embedding in compressed_embeddings(model).items():
+        for name, embedding in compressed_embeddings(kwargs["model"]).items():
             if embedding.phase == "select" and state.global_step >= state.max_steps:
                 embedding.freeze_lengths()
             if embedding.phase == "select":

@@ -26,7 +26,7 @@ class BinaryStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Tensor:
-        (z,) = ctx.saved_tensors
+        z: Tensor = ctx.saved_tensors[0]
         return 0.5 * grad[0] * (z.abs() < 1).to(z.dtype)
 
 
@@ -77,7 +77,8 @@ class BinaryCodebook(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Bits of the vectors x, (..., d) -> (..., L) in {0, 1} of x's dtype."""
         projection = self.encoder_scale * self.weight if self.tied else self.encoder_weight
-        return BinaryStep.apply(F.linear(x, projection, self.encoder_bias))
+        bits: Tensor = BinaryStep.apply(F.linear(x, projection, self.encoder_bias))  # type: ignore[no-untyped-call]
+        return bits
 
     def decode(self, bits: Tensor) -> Tensor:
         """Vectors of the bits, (..., L) -> (..., d)."""
@@ -138,9 +139,10 @@ class BinaryCodebook(nn.Module):
         return (self.length + 1) * self.dim * self.storage_dtype.itemsize
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        if self.packed and self.storage_dtype.is_floating_point:
-            # The float32 parameters train on; the file holds the values that decoding sees.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # The parameters keep the model's dtype to train on; a file holds the values that decoding sees. A skeleton on
+        # the meta device is not saved but asked for the dtypes to load into.
+        if self.packed and self.storage_dtype.is_floating_point and not self.bias.is_meta:
             for name in ("weight", "bias"):
                 destination[prefix + name] = destination[prefix + name].to(self.storage_dtype)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .config import AdaCompConfig
-from .quantizer import AdaCompHfQuantizer
+from .quantizer import attach, detach
 from .surgery import install, replace_module, require_compressed
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -32,8 +32,7 @@ def compress(model: Model, config: AdaCompConfig, token_counts: Tensor | None = 
     """
     config = copy.deepcopy(config)
     install(model, config, token_counts)
-    model.config.quantization_config = config
-    model.hf_quantizer = AdaCompHfQuantizer(config, pre_quantized=False)
+    attach(model, config)
     return model
 
 
@@ -55,5 +54,5 @@ def decompress(model: Model) -> Model:
         raise ValueError(f"decompress gives back packed tables, and {unpacked[0]!r} is still in training: pack(model)")
     for embedding in found.values():
         replace_module(model, embedding, embedding.to_embedding())
-    model.hf_quantizer.remove_quantization_config(model)
+    detach(model)
     return model

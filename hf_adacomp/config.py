@@ -113,6 +113,8 @@ class AdaCompConfig(QuantizationConfigMixin):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AdaCompConfig) and self.to_dict() == other.to_dict()
 
+    __hash__ = None  # type: ignore[assignment]  # mutable, like any config
+
     def __repr__(self) -> str:
         settings = {name: value for name, value in self.__dict__.items() if name not in ("quant_method", "tables")}
         return f"AdaCompConfig({', '.join(f'{name}={value!r}' for name, value in settings.items())})"

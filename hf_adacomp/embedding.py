@@ -241,7 +241,8 @@ class AdaptiveCompressedEmbedding(nn.Module):
         x = coder.source[tokens]
         shares = coder.selector(tokens, coder.temperature)
         decoded = torch.stack([book.decode(book.encode(x)) for book in self.books()], dim=1)
-        return (shares[:, :, None] * decoded).sum(dim=1)
+        mixture: Tensor = (shares[:, :, None] * decoded).sum(dim=1)
+        return mixture
 
     def _decode(self, tokens: Tensor) -> Tensor:
         """Vectors of distinct tokens from their hard lengths and bits, (N,) -> (N, d)."""
@@ -316,7 +317,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         ids = torch.arange(self.num_embeddings, device=self.book(0).bias.device)
         weight = torch.cat([self(block) for block in ids.split(1 + BITS_PER_BLOCK // self.embedding_dim)])
         self.train(was_training)
-        embedding = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=self.padding_idx)
+        embedding = nn.Embedding(len(weight), self.embedding_dim, self.padding_idx, _weight=weight)
         return embedding.train(was_training)
 
     def extra_repr(self) -> str:
@@ -367,7 +368,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
                 f"in its {forms[1]} form; load the checkpoint with from_pretrained instead"
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Helpers
 

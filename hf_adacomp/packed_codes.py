@@ -85,7 +85,7 @@ class PackedCodes(nn.Module):
             packing.check_padding(self._group(k), self.tokens_per_length[k] * length, f"{name}.codes, group {k}")
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self._ranks = None
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .config import QUANT_METHOD, AdaCompConfig
 from .embedding import AdaptiveCompressedEmbedding
-from .surgery import compressed_embeddings, install, matching_module, replace_module
+from .surgery import compressed_embeddings, install, matching_table, replace_module
 
 
 class AdaCompHfQuantizer(HfQuantizer):
@@ -37,7 +37,7 @@ class AdaCompHfQuantizer(HfQuantizer):
                 "unknown; save the model again with model.save_pretrained"
             )
         for stored_name, layout in self.quantization_config.tables.items():
-            name, table = matching_module(model, stored_name)
+            name, table = matching_table(model, stored_name)
             shape = (layout["num_embeddings"], layout["embedding_dim"])
             if (table.num_embeddings, table.embedding_dim) != shape:
                 raise ValueError(
@@ -85,6 +85,18 @@ def _refuse_missing(name: str, embedding: nn.Module) -> None:
     for key, tensor in embedding.state_dict(keep_vars=True).items():
         if not getattr(tensor, "_is_hf_initialized", False):
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
+
+
+def attach(model: PreTrainedModel, config: AdaCompConfig) -> None:
+    """Make `save_pretrained` and `Trainer` treat `model` as one that `from_pretrained` had compressed."""
+    model.config.quantization_config = config
+    setattr(model, "hf_quantizer", AdaCompHfQuantizer(config, pre_quantized=False))  # noqa: B010  # no declared attribute
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: the model saves as a plain one."""
+    quantizer: Any = model.__dict__["hf_quantizer"]
+    quantizer.remove_quantization_config(model)
 
 
 def register() -> None:

@@ -64,7 +64,7 @@ class TokenRow(NamedTuple):
 
     token: str
     id: int
-    count: int | None
+    count: int | None  # type: ignore[assignment]  # rows are counted by len(), not tuple.count
     bits: int
 
 
@@ -104,7 +104,7 @@ def token_table(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[To
     embedding = next(iter(require_compressed(model).values()))
     bits = embedding.code_lengths().tolist()
     counts = [None] * len(bits) if embedding.coder is None else embedding.coder.token_counts.tolist()
-    tokens = tokenizer.convert_ids_to_tokens(range(len(bits)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(bits))))
     return [
         TokenRow(token, i, count, length)
         for i, (token, count, length) in enumerate(zip(tokens, counts, bits, strict=True))

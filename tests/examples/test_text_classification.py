@@ -1,0 +1,175 @@
+"""The first example: its default corpus, and the whole script on a toy model and a toy task."""
+
+import importlib
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WORDS = [f"word{i}" for i in range(200)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+@pytest.fixture(scope="module")
+def example():
+    """Imports a module of examples/ the way running a script there does."""
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def corpus(example):
+    return example("docstring_corpus").build_corpus()
+
+
+@pytest.fixture(scope="module")
+def toy_model(tmp_path_factory) -> Path:
+    """Folder of a random two-layer BERT and its word tokenizer."""
+    folder = tmp_path_factory.mktemp("toy_model")
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    set_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def write_tsv(file: Path, rows: int, seed: int) -> Path:
+    """Headerless `COARSE:fine<TAB>text`: the label is the half of the vocabulary the words are from."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(rows):
+        half = draw.randrange(2)
+        text = " ".join(draw.choices(WORDS[100 * half : 100 * half + 100], k=draw.randint(3, 9)))
+        lines.append(f'{["LOW", "HIGH"][half]}:fine{draw.randrange(3)}\t{text} "\n')
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def arguments(toy_model: Path, tmp_path: Path) -> list[str]:
+    given = {
+        "model_name_or_path": toy_model,
+        "train_file": write_tsv(tmp_path / "train.tsv", 400, seed=0),
+        "test_file": write_tsv(tmp_path / "test.tsv", 100, seed=1),
+        "label_prefix_separator": ":",
+        "target_ratio": 8,
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 3,
+        "compression_epochs": 1,
+        "learning_rate": 5e-3,
+        "compression_learning_rate": 1e-3,
+        "output_dir": tmp_path / "out",
+        "json_out": tmp_path / "figures.json",
+        "report_to": "none",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return [*words, "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
+
+
+def test_corpus_has_the_promised_size(corpus):
+    assert len({*corpus["train"]["label"]}) >= 6
+    assert sum(part.num_rows for part in corpus.values()) >= 4000
+    for split in ("validation", "test"):
+        assert {*corpus[split]["label"]} == {*corpus["train"]["label"]}
+
+
+def test_corpus_splits_share_no_file_and_no_text(corpus):
+    for column in ("module", "text"):
+        values = {split: {*part[column]} for split, part in corpus.items()}
+        assert values["train"].isdisjoint(values["validation"] | values["test"])
+        assert values["validation"].isdisjoint(values["test"])
+
+
+def test_corpus_texts_do_not_name_their_library(corpus):
+    for part in corpus.values():
+        for row in part:
+            assert row["label"] not in row["text"].lower().split(), row
+
+
+def test_corpus_is_deterministic(example, corpus):
+    docstring_corpus = example("docstring_corpus")
+    library = docstring_corpus.LIBRARIES[-1]
+    rows = docstring_corpus.read_library(library, 50)
+    assert rows == docstring_corpus.read_library(library, 50)
+    again = docstring_corpus.build_corpus()
+    assert {split: part.to_dict() for split, part in again.items()} == {
+        split: part.to_dict() for split, part in corpus.items()
+    }
+
+
+def test_dense_then_compressed(example, arguments, tmp_path, capsys):
+    figures = example("text_classification").main(arguments)
+    assert figures == json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert figures["labels"] == ["HIGH", "LOW"]
+    assert figures["texts"] == {"train": 360, "validation": 40, "test": 100}
+    assert figures["dense"]["test_accuracy"] > 0.9
+    assert figures["compressed"]["test_accuracy"] > 0.9
+    assert figures["size"]["ratio"] >= 8
+    assert figures["compressed"]["file_bytes"] < figures["dense"]["file_bytes"]
+    assert len(figures["longest_codes"]) == len(figures["shortest_codes"]) == 10
+    assert figures["longest_codes"][0]["bits"] >= figures["shortest_codes"][0]["bits"]
+    printed = capsys.readouterr().out
+    assert "test_accuracy" in printed
+    assert "shortest codes" in printed
+
+
+def test_one_run_without_dense(example, arguments):
+    figures = example("text_classification").main([*arguments, "--one_run", "--skip_dense"])
+    assert "dense" not in figures
+    assert figures["size"]["ratio"] >= 8
+
+
+def test_skip_dense_alone_is_refused(example, arguments):
+    with pytest.raises(ValueError, match="--skip_dense needs --one_run"):
+        example("text_classification").main([*arguments, "--skip_dense"])
+
+
+def test_labels_unknown_to_the_training_data_are_named(example, arguments, tmp_path):
+    (tmp_path / "test.tsv").write_text("OTHER:fine\tword1 word2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="OTHER"):
+        example("text_classification").main(arguments)
+
+
+def test_missing_default_model_tells_what_to_install(example, monkeypatch):
+    text_classification = example("text_classification")
+
+    def missing(package):
+        raise ModuleNotFoundError(package)
+
+    monkeypatch.setattr(text_classification.importlib.resources, "files", missing)
+    with pytest.raises(SystemExit, match=r"hf-adacomp\[demo\]"):
+        text_classification.bundled_model()
+
+
+@pytest.mark.parametrize("extension", ["csv", "json", "jsonl"])
+def test_files_with_named_columns(example, tmp_path, extension):
+    rows = [{"label": i % 2, "sentence": "null" if i == 0 else f"text, {i}"} for i in range(20)]
+    file = tmp_path / f"train.{extension}"
+    if extension == "csv":
+        lines = ["label,sentence", *(f'{row["label"]},"{row["sentence"]}"' for row in rows)]
+    else:
+        lines = [json.dumps(row) for row in rows]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    labelled_texts = example("labelled_texts")
+    splits = labelled_texts.load_splits(labelled_texts.DataTrainingArguments(train_file=str(file)), seed=0)
+    held_out = [row for part in splits.values() for row in part]
+    assert sorted(held_out, key=str) == sorted(rows, key=str)
+    assert splits["test"].num_rows == splits["validation"].num_rows == 2

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from hf_adacomp.codebook import BinaryCodebook, BinaryStep, quantize_rows
+
+
+def book(length=6, dim=4, *, tied=False, storage=torch.float64) -> BinaryCodebook:
+    return BinaryCodebook(length, dim, tied=tied, storage_dtype=storage, dtype=torch.float64)
+
+
+def ramp(z):
+    """What the straight-through gradient is defined as the gradient of."""
+    return ((z + 1) / 2).clamp(0, 1)
+
+
+def test_step_is_hard_and_its_gradient_is_that_of_the_ramp():
+    z = torch.linspace(-2, 2, 41, dtype=torch.float64) + 0.013
+    z.requires_grad_()
+    weight = torch.randn_like(z)
+    bits = BinaryStep.apply(z)
+    assert torch.equal(bits, (z > 0).double())
+    (hard,) = torch.autograd.grad((bits * weight).sum(), z)
+    (soft,) = torch.autograd.grad((ramp(z) * weight).sum(), z)
+    assert torch.equal(hard, soft)
+    assert gradcheck(ramp, (z,))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_encoder_gradient_is_that_of_the_relaxed_network(tied, monkeypatch):
+    module = book(tied=tied)
+    x = 0.3 * torch.randn(5, 4, dtype=torch.float64)
+    target = torch.randn(5, 6, dtype=torch.float64)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def gradients():
+        loss = (module.encode(x) * target).sum()
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    hard = gradients()
+    monkeypatch.setattr(BinaryStep, "apply", ramp)
+    for a, b in zip(hard, gradients(), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b)
+
+
+def test_decode_is_the_sum_of_active_code_vectors_and_the_bias():
+    module = book()
+    bits = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    decoded = module.decode(bits)
+    assert torch.allclose(decoded[0], module.weight[0] + module.weight[2] + module.weight[5] + module.bias)
+    assert torch.equal(decoded[1], module.bias)
+    bits.requires_grad_()
+    assert gradcheck(lambda *_: module.decode(bits), (bits, module.weight, module.bias))
+
+
+@pytest.mark.parametrize("storage", [torch.int8, torch.float16, torch.bfloat16, torch.float32])
+def test_training_sees_the_stored_vectors_and_packing_keeps_them(storage):
+    module = BinaryCodebook(6, 4, tied=True, storage_dtype=storage)
+    bits = torch.randint(0, 2, (9, 6)).float()
+    before = module.decode(bits)
+    before.sum().backward()
+    expected = bits.sum(0)[:, None].expand(6, 4)
+    assert torch.allclose(module.weight.grad, expected)  # straight through the rounding
+    module.pack()
+    assert torch.equal(module.decode(bits), before)
+    saved = module.state_dict()
+    assert sum(tensor.nbytes for tensor in saved.values()) == module.stored_bytes()
+    other = BinaryCodebook(6, 4, tied=True, storage_dtype=storage)
+    other.pack()
+    other.load_state_dict(saved)
+    assert torch.equal(other.decode(bits), before)
+
+
+def test_int8_rows_are_within_half_a_step():
+    weight = torch.randn(7, 33) * torch.logspace(-6, 3, 7)[:, None]
+    weight[3] = 0
+    integers, scale = quantize_rows(weight)
+    assert integers.dtype == torch.int8
+    assert ((integers * scale - weight).abs() <= scale / 2 * 1.001).all()
+
+
+def test_orthogonality_is_zero_for_orthonormal_vectors_of_any_scale():
+    module = book(length=3, dim=4)
+    with torch.no_grad():
+        module.weight.copy_(7 * torch.linalg.qr(torch.randn(4, 3, dtype=torch.float64))[0].T)
+        assert module.orthogonality() == pytest.approx(0, abs=1e-12)
+        module.weight[0] = module.weight[1]
+        assert module.orthogonality() == pytest.approx(2 / 3)
+    assert gradcheck(lambda _: module.orthogonality(), (module.weight,))
+
+
+def test_reconstruct_in_blocks_is_encode_and_decode(monkeypatch):
+    monkeypatch.setattr("hf_adacomp.codebook.BITS_PER_BLOCK", 64)
+    module = book()
+    x = torch.randn(100, 4, dtype=torch.float64)
+    assert module.block == 8
+    assert torch.allclose(module.reconstruct(x), module.decode(module.encode(x)))

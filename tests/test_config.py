@@ -1,0 +1,63 @@
+import json
+
+import pytest
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from hf_adacomp import AdaCompConfig
+from hf_adacomp.quantizer import register
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"code_lengths": (64, 16)}, r"must increase; got \(64, 16\): write \(16, 64\)"),
+        ({"code_lengths": (0, 16)}, r"positive numbers of bits; got \(0, 16\)"),
+        ({"code_lengths": (-8,)}, r"positive"),
+        ({"code_lengths": (16, 16)}, r"not repeat a length; got \(16, 16\)"),
+        ({"code_lengths": ()}, r"at least one length"),
+        ({"code_lengths": (8.5,)}, r"whole numbers; got 8.5"),
+        ({"code_lengths": 16}, r"sequence"),
+        ({"code_lengths": tuple(range(1, 300))}, r"at most 256"),
+        ({"target_ratio": 0}, r"target_ratio must be greater than 0; got 0"),
+        ({"target_ratio": "40"}, r"finite number; got '40'"),
+        ({"target_ratio": float("nan")}, r"finite number; got nan"),
+        ({"temperature_end": 2.0}, r"temperature_end=2.0"),
+        ({"temperature_end": 0}, r"temperature_end must be greater than 0"),
+        ({"anneal": "quadratic"}, r"'exponential', 'linear', 'cosine'; got 'quadratic'"),
+        ({"select_fraction": 1.5}, r"between 0 and 1; got 1.5"),
+        ({"tied": 1}, r"tied must be True or False; got 1"),
+        ({"orthogonality_weight": -1}, r"at least 0; got -1"),
+        ({"codebook_dtype": "int4"}, r"got 'int4'"),
+        ({"head": "none"}, r"got 'none'"),
+        ({"seed": 0.5}, r"got 0.5"),
+        ({"format_version": 99}, r"format_version=99 .* upgrade hf_adacomp"),
+        ({"quant_method": "gptq"}, r"got 'gptq'"),
+        ({"tables": [1]}, r"got \[1\]"),
+    ],
+)
+def test_refuses_and_quotes_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AdaCompConfig(**settings)
+
+
+def test_unknown_setting_is_an_error():
+    with pytest.raises(TypeError, match="code_length"):
+        AdaCompConfig(code_length=(8, 16))
+
+
+def test_round_trips_through_json_and_transformers():
+    config = AdaCompConfig(code_lengths=[8, 64], target_ratio=33, anneal="cosine", tables={"a": {"embedding_dim": 3}})
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert AdaCompConfig(**stored) == config
+    assert AutoQuantizationConfig.from_dict(stored) == config
+    assert config.code_lengths == (8, 64)
+
+
+def test_repr_round_trips():
+    config = AdaCompConfig(code_lengths=(8, 64), target_ratio=33.5, tied=False)
+    assert eval(repr(config)) == config
+
+
+def test_registering_twice_is_harmless():
+    register()
+    register()

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_adacomp import packing
+from hf_adacomp.packed_codes import PackedCodes
+
+
+@st.composite
+def tables(draw):
+    """Code lengths, the length index of each token and the bits of each token's code."""
+    lengths = sorted(draw(st.sets(st.integers(1, 70), min_size=1, max_size=9)))
+    num_tokens = draw(st.sampled_from([1, 2, 127, 128, 129, 300]) | st.integers(1, 400))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    share = torch.rand(len(lengths), generator=generator) ** 4 + 1e-9  # some lengths go to (almost) no token
+    assignment = torch.multinomial(share, num_tokens, replacement=True, generator=generator)
+    bits = [torch.randint(0, 2, (lengths[k],), generator=generator, dtype=torch.uint8) for k in assignment]
+    return lengths, assignment, bits
+
+
+def packed(lengths, assignment, bits) -> PackedCodes:
+    groups = [[token for token in range(len(bits)) if assignment[token] == k] for k in range(len(lengths))]
+    module = PackedCodes(len(bits), lengths, [len(group) for group in groups])
+    module.lengths.copy_(packing.pack_lengths(assignment, len(lengths)))
+    blocks = [
+        [torch.stack([bits[token] for token in group[i : i + 16]]) for i in range(0, len(group), 16)]
+        for group in groups
+    ]
+    module.codes.copy_(packing.pack_codes(blocks))
+    return module
+
+
+@given(tables())
+@settings(deadline=None)
+def test_every_code_comes_back(table):
+    lengths, assignment, bits = table
+    module = packed(lengths, assignment, bits)
+    module.validate("table")
+    tokens = torch.randperm(len(bits))
+    found, places = module.locate(tokens)
+    assert torch.equal(found.long(), assignment[tokens])
+    assert torch.equal(module.assignment().long(), assignment)
+    for k in range(len(lengths)):
+        rows = (found == k).nonzero().squeeze(1)
+        for token, code in zip(tokens[rows].tolist(), module.bits(k, places[rows]), strict=True):
+            assert torch.equal(code, bits[token])
+
+
+@given(tables())
+@settings(deadline=None)
+def test_every_bit_is_counted(table):
+    lengths, assignment, bits = table
+    module = packed(lengths, assignment, bits)
+    groups = [int((assignment == k).sum()) * length for k, length in enumerate(lengths)]
+    assert module.codes.nbytes == sum(-(-group // 8) for group in groups)
+    index_bits = 0
+    while 2**index_bits < len(lengths):
+        index_bits += 1
+    assert module.lengths.nbytes == -(-len(bits) * index_bits // 8)
+
+
+def test_bits_fill_bytes_from_the_least_significant():
+    assert packing.pack_bits(torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 1]])).tolist() == [1, 131]
+    assert packing.pack_bits(torch.tensor([[0, 1, 1]])).tolist() == [6]
+    assert packing.pack_lengths(torch.tensor([3, 0, 2, 1, 1]), 4).tolist() == [0b01_10_00_11, 0b01]
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+@settings(deadline=None)
+def test_rows_round_trip_and_a_flipped_bit_shows(rows, length):
+    bits = torch.randint(0, 2, (rows, length), dtype=torch.uint8)
+    data = packing.pack_bits(bits)
+    assert torch.equal(packing.unpack_rows(data, torch.arange(rows), length), bits)
+    row, column = rows // 2, length // 2
+    position = row * length + column
+    data[position // 8] ^= 1 << (position % 8)
+    bits[row, column] ^= 1
+    assert torch.equal(packing.unpack_rows(data, torch.arange(rows), length), bits)
+
+
+def small() -> PackedCodes:
+    generator = torch.Generator().manual_seed(0)
+    assignment = torch.tensor([0, 1, 2, 1, 0])
+    lengths = [3, 5, 9]
+    return packed(lengths, assignment, [torch.randint(0, 2, (lengths[k],), generator=generator) for k in assignment])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda m: m.lengths.__setitem__(0, 0b11_00_01_00), r"t.lengths gives \[2, 1, 1, 1\] tokens|t.lengths gives"),
+        (lambda m: m.lengths.__setitem__(1, 0b100), "padding bits after the last of 10 bits are set"),
+        (lambda m: m.codes.__setitem__(0, 0b1100_0000), "t.codes, group 0: padding bits"),
+        (lambda m: setattr(m, "codes", m.codes[:-1]), r"t.codes must be uint8 of shape \(5,\).*\(4,\)"),
+        (lambda m: setattr(m, "codes", m.codes.float()), r"t.codes must be uint8"),
+        (
+            lambda m: setattr(m, "lengths", torch.zeros(9, dtype=torch.uint8)),
+            r"t.lengths must be uint8 of shape \(2,\)",
+        ),
+    ],
+)
+def test_damage_is_named(damage, message):
+    module = small()
+    module.validate("t")
+    damage(module)
+    with pytest.raises(ValueError, match=message):
+        module.validate("t")
+
+
+@pytest.mark.parametrize("tokens_per_length", [(1, 1), (1, 1, 1), (2, 2, 2)])
+def test_layout_must_share_out_all_tokens(tokens_per_length):
+    with pytest.raises(ValueError, match="does not share out 5 tokens over 3 code lengths"):
+        PackedCodes(5, (3, 5, 9), tokens_per_length)
+
+
+def test_loading_other_codes_forgets_the_old_places():
+    module, other = small(), small()
+    module.locate(torch.arange(5))
+    other.lengths.copy_(packing.pack_lengths(torch.tensor([1, 0, 0, 2, 1]), 3))
+    module.load_state_dict(other.state_dict())
+    assert module.locate(torch.arange(5))[0].tolist() == [1, 0, 0, 2, 1]
+    assert module.locate(torch.arange(5))[1].tolist() == [0, 0, 1, 0, 1]

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from hf_adacomp.selection import SHARPNESS, LengthSelector
+
+LENGTHS = (4, 8, 20)
+
+
+def selector(tokens=50, gain=1.0) -> LengthSelector:
+    module = LengthSelector(tokens, LENGTHS, gain, dtype=torch.float64)
+    with torch.no_grad():
+        module.cost.uniform_(0, 3)
+        module.offset.normal_()
+    return module
+
+
+def test_sample_is_the_tempered_softmax_of_noisy_logits():
+    module, tokens = selector(), torch.tensor([3, 3, 7])
+    torch.manual_seed(1)
+    shares = module(tokens, 0.5)
+    torch.manual_seed(1)
+    noise = -torch.empty(3, 3, dtype=torch.float64).exponential_().log()
+    logits = module.offset[tokens] - module.cost[tokens] - module.price * torch.tensor(LENGTHS)
+    assert torch.allclose(shares, ((logits + noise) / 0.5).softmax(1))
+    assert torch.allclose(shares.sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_gradient_of_a_sample_matches_finite_differences():
+    module, tokens = selector(), torch.tensor([3, 7])
+
+    def sample(offset):
+        torch.manual_seed(1)
+        logits = offset[tokens] - module.cost[tokens] - module.price * torch.tensor(LENGTHS)
+        return torch.nn.functional.gumbel_softmax(logits, tau=0.7)
+
+    assert gradcheck(sample, (module.offset,))
+    weight = torch.randn(2, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((sample(module.offset) * weight).sum(), module.offset)
+    torch.manual_seed(1)
+    (found,) = torch.autograd.grad((module(tokens, 0.7) * weight).sum(), module.offset)
+    assert torch.allclose(found, expected)
+
+
+def test_gain_moves_logits_but_not_gradients():
+    small, large = selector(gain=1.0), selector(gain=400.0)
+    large.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        large.offset.zero_()
+        small.offset.zero_()
+    gradients = [torch.autograd.grad(m.scores(torch.tensor([1]))[0, 2], m.offset)[0] for m in (small, large)]
+    assert torch.equal(*gradients)
+    with torch.no_grad():
+        large.offset[1, 2] = 0.01
+    assert (large.scores()[1, 2] + large.cost[1, 2]).item() == pytest.approx(4.0)
+
+
+def test_samples_follow_the_logits():
+    module = selector(tokens=1)
+    logits = module.scores()[0] - module.price * torch.tensor(LENGTHS)
+    picks = module(torch.zeros(20_000, dtype=torch.int64), 0.3).argmax(1)
+    share = torch.bincount(picks, minlength=3) / len(picks)
+    assert torch.allclose(share.double(), logits.softmax(0), atol=0.015)
+
+
+def test_costs_are_scaled_to_the_price_and_meet_the_size():
+    module = selector(tokens=200, gain=400.0)
+    distortion = torch.rand(200, 1) * torch.tensor([[9.0, 5.0, 1.0]]) * 1e-4
+    module.set_cost(distortion, 200 * 10)
+    assert float(module.price) * LENGTHS[-1] == pytest.approx(SHARPNESS)
+    assert not module.offset.any()
+    assignment, price = module.solve(200 * 10)
+    assert price == pytest.approx(float(module.price))
+    assert 200 * 9.9 <= torch.tensor(LENGTHS)[assignment].sum() <= 200 * 10
+
+
+def test_learned_offsets_move_lengths_within_the_same_size():
+    module = selector(tokens=200, gain=400.0)
+    module.set_cost(torch.rand(200, 1) * torch.tensor([[9.0, 5.0, 1.0]]), 200 * 10)
+    before, _ = module.solve(200 * 10)
+    token = int((before == 0).nonzero()[0])
+    with torch.no_grad():
+        module.offset[token, 2] += 0.05  # 20 logits
+    after, _ = module.solve(200 * 10)
+    assert after[token] == 2
+    assert torch.tensor(LENGTHS)[after].sum() <= 200 * 10

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from hf_adacomp.codebook import BinaryCodebook
+from hf_adacomp.warm_start import fit_codebook, token_weights, warm_start
+
+
+def table(tokens=600, dim=24) -> torch.Tensor:
+    """Rows with a decaying spectrum and a mean, like a trained table."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tokens, dim, generator=generator) * torch.arange(1, dim + 1) ** -0.7
+    return 0.05 * rows @ torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] + 0.02
+
+
+def explained(book: BinaryCodebook, x: torch.Tensor, weights: torch.Tensor) -> float:
+    error = (weights[:, None] * (x - book.reconstruct(x)) ** 2).sum()
+    mean = (weights @ x) / weights.sum()
+    return 1 - float(error / (weights[:, None] * (x - mean) ** 2).sum())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_more_bits_explain_more(tied):
+    x, weights = table(), torch.ones(600)
+    found = []
+    for length in (4, 16, 48):
+        book = BinaryCodebook(length, 24, tied=tied, storage_dtype=torch.int8)
+        fit_codebook(book, x, weights, torch.Generator().manual_seed(0))
+        found.append(explained(book, x, weights))
+    assert found == sorted(found)
+    assert found[0] > 0.2
+    assert found[1] > 0.5
+    assert found[2] > 0.75
+
+
+def test_weights_decide_where_the_error_falls():
+    x = table()
+    weights = torch.where(torch.arange(600) < 60, 50.0, 1.0)
+    books = [BinaryCodebook(16, 24, tied=True, storage_dtype=torch.float32) for _ in range(2)]
+    fit_codebook(books[0], x, weights, torch.Generator().manual_seed(0))
+    fit_codebook(books[1], x, torch.ones(600), torch.Generator().manual_seed(0))
+    errors = [(x - book.reconstruct(x)).square().sum(1)[:60].sum() for book in books]
+    assert errors[0] < errors[1]
+
+
+def test_weight_of_counts():
+    assert token_weights(torch.tensor([0, 4])).tolist() == pytest.approx([0.5**0.5, 4.5**0.5])
+    assert token_weights(torch.zeros(3, dtype=torch.int64)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_cost_is_the_weighted_distortion_and_repeats():
+    x, counts = table(), torch.arange(600)
+    costs = []
+    for _ in range(2):
+        books = [BinaryCodebook(n, 24, tied=True, storage_dtype=torch.int8) for n in (2, 8, 30)]
+        costs.append(warm_start(books, x, counts, 600 * 12, seed=3, show_progress=False))
+    assert torch.equal(*costs)
+    expected = token_weights(counts) * (x - books[1].reconstruct(x)).square().sum(1)
+    assert torch.allclose(costs[0][:, 1], expected)
+
+
+@pytest.mark.usefixtures("quick_fit")
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (40, 1), (3, 50)])
+def test_tables_of_odd_shapes(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    books = [BinaryCodebook(n, shape[1], tied=True, storage_dtype=torch.int8) for n in (2, 70)]
+    cost = warm_start(books, x, torch.zeros(shape[0], dtype=torch.int64), 80 * shape[0], 0, show_progress=False)
+    assert torch.isfinite(cost).all()
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_constant_table():
+    books = [BinaryCodebook(n, 4, tied=False, storage_dtype=torch.int8) for n in (2, 8)]
+    warm_start(books, torch.full((50, 4), 0.3), torch.ones(50, dtype=torch.int64), 500, 0, show_progress=False)
+    assert torch.allclose(books[1].reconstruct(torch.full((2, 4), 0.3)), torch.full((2, 4), 0.3), atol=1e-3)
