@@ -23,8 +23,8 @@ class DataTrainingArguments:
         metadata={"help": "Split to report on. For GLUE, whose test labels are secret: validation."},
     )
     train_file: str | None = field(default=None, metadata={"help": "csv, tsv, json or jsonl file, .gz too."})
-    validation_file: str | None = field(default=None, metadata={"help": "Default: 10 % of the training texts."})
-    test_file: str | None = field(default=None, metadata={"help": "Default: 10 % of the training texts."})
+    validation_file: str | None = field(default=None, metadata={"help": "Default: a tenth of the training texts."})
+    test_file: str | None = field(default=None, metadata={"help": "Default: a tenth of the training texts."})
     column_names: list[str] | None = field(
         default=None, metadata={"help": "Columns of csv and tsv files without a header, e.g. `label text`."}
     )

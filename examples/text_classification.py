@@ -84,7 +84,6 @@ class DemoTrainingArguments(TrainingArguments):
         default="group_by_length", metadata={"help": "Texts of like length in a batch: little padding."}
     )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to look at the validation texts."})
     save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints."})
 
 

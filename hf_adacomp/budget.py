@@ -9,6 +9,9 @@ from torch import Tensor
 
 from . import packing
 
+BISECTIONS = 60
+"""Halvings of the interval of prices: down to the resolution of float64."""
+
 
 def code_bits(num_tokens: int, dim: int, code_lengths: Sequence[int], codebook_bytes: int, target_ratio: float) -> int:
     """Bits available for the codes of all tokens: the size that `target_ratio` allows, less all else that is stored.
@@ -55,33 +58,45 @@ def assign_lengths(scores: Tensor, lengths: Tensor, code_bits: int) -> tuple[Ten
         The index of each token's length, (V,) int64, and the price.
     """
     scores = scores.detach().to(torch.float64)
-    bits = lengths.to(scores.dtype)
-
-    def choose(price: float) -> Tensor:
-        return (scores - price * bits).argmax(dim=1)
-
-    def used(assignment: Tensor) -> int:
-        return int(lengths[assignment].sum())
-
     if not torch.isfinite(scores).all():
         raise ValueError("selection scores hold NaN or Inf: the training loss diverged; lower the learning rate")
     if len(scores) * int(lengths[0]) > code_bits:
         raise ValueError(f"{len(scores)} codes of at least {int(lengths[0])} bits do not fit into {code_bits} bits")
+    bits = lengths.to(scores.dtype)
+
+    def choose(price: float, tokens: Tensor | slice = slice(None)) -> Tensor:
+        return (scores[tokens] - price * bits).argmax(dim=1)
+
+    def used(choice: Tensor) -> int:
+        return int(lengths[choice].sum())
+
     longer = choose(0.0)
     if used(longer) <= code_bits:
         return longer, 0.0
     low, high = 0.0, max(1e-30, float((scores.amax(1) - scores.amin(1)).max()))
-    while used(choose(high)) > code_bits:  # gaps in bits may be below one
+    while used(assignment := choose(high)) > code_bits:
         high *= 2
-    for _ in range(60):
+    # Bisection over the price. A token never takes a longer code at a higher price, so that only those whose choices at
+    # the two ends differ are looked at again.
+    open_tokens = (longer != assignment).nonzero().squeeze(1)
+    spare = code_bits - used(assignment)
+    for _ in range(BISECTIONS):
+        if not len(open_tokens):
+            break
         middle = (low + high) / 2
-        low, high = (middle, high) if used(choose(middle)) > code_bits else (low, middle)
-    longer, assignment = choose(low), choose(high)
-    ties = (longer != assignment).nonzero().squeeze(1)
-    extra = (lengths[longer] - lengths[assignment])[ties]
-    gain = scores[ties, longer[ties]] - scores[ties, assignment[ties]]
+        choice = choose(middle, open_tokens)
+        cost = used(choice) - used(assignment[open_tokens])
+        if cost > spare:
+            low = middle
+            longer[open_tokens] = choice
+        else:
+            high = middle
+            assignment[open_tokens] = choice
+            spare -= cost
+        open_tokens = open_tokens[longer[open_tokens] != assignment[open_tokens]]
+    extra = (lengths[longer] - lengths[assignment])[open_tokens]
+    gain = (scores.gather(1, longer[:, None]) - scores.gather(1, assignment[:, None])).squeeze(1)[open_tokens]
     order = torch.argsort(gain / extra, descending=True, stable=True)
-    fits = extra[order].cumsum(0) <= code_bits - used(assignment)
-    upgraded = ties[order[fits]]
+    upgraded = open_tokens[order[extra[order].cumsum(0) <= spare]]
     assignment[upgraded] = longer[upgraded]
     return assignment, high

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .config import AdaCompConfig
-from .quantizer import attach, detach
+from .quantizer import AdaCompHfQuantizer, attach, detach
 from .surgery import install, replace_module, require_compressed
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -30,9 +29,9 @@ def compress(model: Model, config: AdaCompConfig, token_counts: Tensor | None = 
     Raises:
         ValueError: If the model cannot be compressed; it is then as it was.
     """
-    config = copy.deepcopy(config)
-    install(model, config, token_counts)
-    attach(model, config)
+    quantizer = AdaCompHfQuantizer(config, pre_quantized=False)
+    install(model, quantizer.quantization_config, token_counts)
+    attach(model, quantizer)
     return model
 
 

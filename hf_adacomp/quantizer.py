@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,10 @@ class AdaCompHfQuantizer(HfQuantizer):
     """
 
     quantization_config: AdaCompConfig
+
+    def __init__(self, quantization_config: AdaCompConfig, **kwargs: Any) -> None:
+        # A copy: the layouts of this model's tables are noted in it.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -88,10 +93,10 @@ def _refuse_missing(name: str, embedding: nn.Module) -> None:
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
 
 
-def attach(model: PreTrainedModel, config: AdaCompConfig) -> None:
+def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:
     """Make `save_pretrained` and `Trainer` treat `model` as one that `from_pretrained` had compressed."""
-    model.config.quantization_config = config
-    setattr(model, "hf_quantizer", AdaCompHfQuantizer(config, pre_quantized=False))  # noqa: B010  # no declared attribute
+    model.config.quantization_config = quantizer.quantization_config
+    setattr(model, "hf_quantizer", quantizer)  # noqa: B010  # transformers declares no such attribute
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -294,7 +294,7 @@ def test_refuses_a_size_that_code_books_exceed(source):
 def test_refuses_to_load_the_other_form(embedding):
     training, packed = copy.deepcopy(embedding), embedding
     packed.pack()
-    with pytest.raises(RuntimeError, match="holds the packed form .* model is in its training form"):
+    with pytest.raises(RuntimeError, match=r"holds the packed form .* model is in its training form"):
         training.load_state_dict(packed.state_dict(), strict=False)
     with pytest.raises(RuntimeError, match="holds the training form"):
         packed.load_state_dict(training.state_dict(), strict=False)

@@ -124,6 +124,7 @@ def test_loading_and_running_never_makes_a_dense_table(packed_bert, tmp_path, mo
 
 def test_compresses_while_loading(bert, config, ids, tmp_path):
     bert.save_pretrained(tmp_path / "dense")
+    settings = config.to_dict()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense", quantization_config=config)
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, AdaptiveCompressedEmbedding)
@@ -131,6 +132,7 @@ def test_compresses_while_loading(bert, config, ids, tmp_path):
     pack(model).save_pretrained(tmp_path / "packed")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert config.to_dict() == settings
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.7])
@@ -212,7 +214,7 @@ def test_config_that_contradicts_the_model_is_refused(packed_bert, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["vocab_size"] = VOCABULARY + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="513 x 32.*512 x 32"):
+    with pytest.raises(ValueError, match=r"513 x 32.*512 x 32"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 

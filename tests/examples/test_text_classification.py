@@ -137,6 +137,12 @@ def test_one_run_without_dense(example, arguments):
     assert figures["size"]["ratio"] >= 8
 
 
+def test_help_prints(example, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        example("text_classification").main(["--help"])
+    assert "--compression_learning_rate" in capsys.readouterr().out
+
+
 def test_skip_dense_alone_is_refused(example, arguments):
     with pytest.raises(ValueError, match="--skip_dense needs --one_run"):
         example("text_classification").main([*arguments, "--skip_dense"])

@@ -1,0 +1,25 @@
+"""The README's example runs as written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from transformers import BertForSequenceClassification
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_example_runs(bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bert.save_pretrained("my-finetuned-model")
+    rows = [{"input_ids": torch.randint(0, VOCABULARY, (9,)), "labels": i % 2} for i in range(32)]
+    example = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    # The tiny table cannot be 80 times smaller.
+    example = example.replace("target_ratio=80", "code_lengths=(4, 8, 20), target_ratio=26")
+    names = {"train_dataset": rows}
+    exec(compile(example, str(README), "exec"), names)
+    assert isinstance(names["model"], BertForSequenceClassification)
+    assert names["model"].get_input_embeddings().phase == "packed"
