@@ -83,7 +83,12 @@ class LengthSelector(nn.Module):
         """
         lengths = torch.tensor(self.code_lengths, device=distortion.device)
         _, price = assign_lengths(-distortion, lengths, code_bits)
-        scale = SHARPNESS / (price * self.code_lengths[-1]) if price > 0 else 1.0
+        # Where all bits that anyone wants are to be had, nothing has a price: take what a bit saves on average.
+        saved = float((distortion[:, 0] - distortion[:, -1]).mean()) / max(
+            1, self.code_lengths[-1] - self.code_lengths[0]
+        )
+        reference = price or saved
+        scale = SHARPNESS / (reference * self.code_lengths[-1]) if reference > 0 else 1.0
         self.cost.copy_(distortion * scale)
         self.offset.zero_()
         self.price.fill_(price * scale)

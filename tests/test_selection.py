@@ -84,3 +84,14 @@ def test_learned_offsets_move_lengths_within_the_same_size():
     after, _ = module.solve(200 * 10)
     assert after[token] == 2
     assert torch.tensor(LENGTHS)[after].sum() <= 200 * 10
+
+
+def test_a_size_that_does_not_bind_keeps_costs_comparable_to_noise():
+    module = selector(tokens=200, gain=400.0)
+    module.set_cost(torch.rand(200, 1) * torch.tensor([[9.0, 5.0, 1.0]]) * 1e-4, 200 * LENGTHS[-1])
+    assert float(module.price) == 0
+    gap = (module.cost[:, 0] - module.cost[:, -1]).mean()
+    assert gap.item() == pytest.approx(SHARPNESS * (LENGTHS[-1] - LENGTHS[0]) / LENGTHS[-1])
+    single = LengthSelector(5, (8,), 400.0)
+    single.set_cost(torch.rand(5, 1), 40)
+    assert torch.isfinite(single.cost).all()
