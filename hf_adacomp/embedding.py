@@ -202,10 +202,11 @@ class AdaptiveCompressedEmbedding(nn.Module):
         )
         packed.lengths.copy_(packing.pack_lengths(coder.assignment, len(books)))
         blocks = [
-            [book.encode(coder.source[rows]) for rows in tokens.split(book.block) if len(rows)]
+            packing.pack_bits(book.encode(coder.source[rows]))
             for book, tokens in zip(books, members, strict=True)
+            for rows in tokens.split(book.block)
         ]
-        packed.codes.copy_(packing.pack_codes(blocks))
+        packed.codes.copy_(torch.cat(blocks))
         self._become_packed(packed)
 
     def _become_packed(self, packed: PackedCodes) -> None:

@@ -46,7 +46,10 @@ def group_bytes(tokens_per_length: Sequence[int], code_lengths: Sequence[int]) -
 
 
 def pack_bits(rows: Tensor) -> Tensor:
-    """Pack bits (N, L) back to back: bool or 0/1 -> uint8 (ceil(N L / 8),)."""
+    """Pack bits (N, L) back to back: 0/1 of any dtype -> uint8 (ceil(N L / 8),).
+
+    A group may be packed in blocks of rows, all but the last with N a multiple of 8.
+    """
     flat = rows.reshape(-1).to(torch.uint8)
     flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
     place = torch.arange(8, device=flat.device, dtype=torch.uint8)
@@ -78,11 +81,6 @@ def unpack_lengths(lengths: Tensor, tokens: Tensor, num_lengths: int) -> Tensor:
     position = tokens[..., None] * width + place
     bit = (lengths[(position >> 3).clamp_max(len(lengths) - 1)] >> (position & 7).to(torch.uint8)) & 1
     return (bit << place).sum(dim=-1, dtype=torch.uint8)
-
-
-def pack_codes(groups: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Pack the codes of each group, given as blocks of rows (N, L_k); all but a group's last block of N % 8 == 0."""
-    return torch.cat([pack_bits(block) for blocks in groups for block in blocks])
 
 
 def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:

@@ -24,10 +24,11 @@ def packed(lengths, assignment, bits) -> PackedCodes:
     module = PackedCodes(len(bits), lengths, [len(group) for group in groups])
     module.lengths.copy_(packing.pack_lengths(assignment, len(lengths)))
     blocks = [
-        [torch.stack([bits[token] for token in group[i : i + 16]]) for i in range(0, len(group), 16)]
+        packing.pack_bits(torch.stack([bits[token] for token in group[i : i + 16]]))
         for group in groups
+        for i in range(0, len(group), 16)
     ]
-    module.codes.copy_(packing.pack_codes(blocks))
+    module.codes.copy_(torch.cat(blocks))
     return module
 
 
