@@ -30,17 +30,16 @@ class AdaCompCallback(TrainerCallback):
     ) -> None:
         for embedding in require_compressed(kwargs["model"]).values():
             embedding.abandoned = False
-            if embedding.coder is not None and not embedding.coder.warm:
-                counts = None
-                if not embedding.coder.token_counts.any():
-                    rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                    counts = count_tokens(
-                        kwargs["train_dataloader"],
-                        embedding.num_embeddings,
-                        _input_name(kwargs["model"]),
-                        max_rows=rows,
-                    )
-                embedding.warm_start(counts, show_progress=not args.disable_tqdm)
+            coder = embedding.coder
+            if coder is None or coder.driven or (coder.warm and coder.token_counts.any()):
+                continue
+            counts = None
+            if not coder.token_counts.any():  # an evaluation before training may have had to start without them
+                rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+                counts = count_tokens(
+                    kwargs["train_dataloader"], embedding.num_embeddings, _input_name(kwargs["model"]), max_rows=rows
+                )
+            embedding.warm_start(counts, show_progress=not args.disable_tqdm)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,7 +58,9 @@ class AdaCompCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        embedding = next(iter(compressed_embeddings(kwargs["model"]).values()))
+        embedding = next(iter(compressed_embeddings(kwargs["model"]).values()), None)
+        if embedding is None:  # an evaluation of the dense model; training it would have been refused
+            return
         report = size_report(kwargs["model"])
         values: dict[str, Any] = {
             "adacomp/temperature": embedding.temperature,

@@ -88,9 +88,10 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
     projection = projection / (x @ projection.T).std(0, correction=0).clamp_min(1e-6)[:, None]
     vectors, bias = _least_squares((x @ projection.T > 0).to(x.dtype), x, weights)
 
-    fitted = BinaryCodebook(
-        book.length, book.dim, tied=book.tied, storage_dtype=torch.float32, device=x.device, dtype=torch.float32
-    )
+    with torch.random.fork_rng(devices=[]):  # initial values are overwritten: training shall not notice them
+        fitted = BinaryCodebook(
+            book.length, book.dim, tied=book.tied, storage_dtype=torch.float32, device=x.device, dtype=torch.float32
+        )
     with torch.no_grad():
         fitted.weight.copy_(vectors)
         fitted.bias.copy_(bias)

@@ -94,16 +94,31 @@ def test_anneals_freezes_packs_and_saves(tmp_path, ids):
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
-def test_counts_the_training_data_before_the_warm_start(tmp_path):
-    model = new_model()
-    seen = {}
+class FirstStep(TrainerCallback):
+    """Keeps the state of the embedding before the first step."""
 
-    class Look(TrainerCallback):
-        def on_step_begin(self, args, state, control, model, **kwargs):
-            seen.setdefault("counts", model.get_input_embeddings().coder.token_counts.clone())
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 0:
+            self.state = {name: tensor.clone() for name, tensor in model.get_input_embeddings().state_dict().items()}
 
-    new_trainer(model, tmp_path, [Look()], max_steps=1).train()
-    assert torch.equal(seen["counts"], torch.bincount(Texts().ids.flatten(), minlength=VOCABULARY))
+
+@pytest.mark.parametrize("evaluate_first", [False, True])
+def test_counts_the_training_data_before_the_warm_start(tmp_path, evaluate_first):
+    """Even where an evaluation before training had to start without counts."""
+    counts = torch.bincount(Texts().ids.flatten(), minlength=VOCABULARY)
+    model, first = new_model(), FirstStep()
+    trainer = new_trainer(model, tmp_path, [first], max_steps=1)
+    if evaluate_first:
+        trainer.evaluate()
+    trainer.train()
+    expected = new_model().get_input_embeddings()
+    expected.warm_start(counts)
+    assert [name for name, tensor in expected.state_dict().items() if not torch.equal(first.state[name], tensor)] == []
+
+
+def test_dense_model_can_be_evaluated_under_the_callback(tmp_path):
+    model = BertForSequenceClassification(tiny_bert_config())
+    assert "eval_loss" in new_trainer(model, tmp_path).evaluate()
 
 
 def test_logs_reach_the_history(tmp_path):

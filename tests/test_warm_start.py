@@ -50,11 +50,15 @@ def test_weight_of_counts():
 @pytest.mark.usefixtures("quick_fit")
 def test_cost_is_the_weighted_distortion_and_repeats():
     x, counts = table(), torch.arange(600)
+    random_state = torch.get_rng_state()
     costs = []
     for _ in range(2):
+        torch.set_rng_state(random_state)
         books = [BinaryCodebook(n, 24, tied=True, storage_dtype=torch.int8) for n in (2, 8, 30)]
+        expected_next = torch.get_rng_state()
         costs.append(warm_start(books, x, counts, 600 * 12, seed=3, show_progress=False))
     assert torch.equal(*costs)
+    assert torch.equal(torch.get_rng_state(), expected_next)
     expected = token_weights(counts) * (x - books[1].reconstruct(x)).square().sum(1)
     assert torch.allclose(costs[0][:, 1], expected)
 
