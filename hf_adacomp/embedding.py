@@ -77,7 +77,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         )
         self.coder: TokenCoder | None = TokenCoder(source, config)
         self.packed: PackedCodes | None = None
-        self.abandoned = False
+        self.abandoned = False  # whether training ended before the lengths were frozen
         self.code_bits()  # refuse an impossible size here rather than at the warm start
 
     @classmethod
@@ -86,28 +86,12 @@ class AdaptiveCompressedEmbedding(nn.Module):
     ) -> AdaptiveCompressedEmbedding:
         """Compress a plain `nn.Embedding`; with `token_counts` (V,) the warm start runs at once.
 
-        The source table is shared, not copied, until `pack` lets go of it.
-
-        Raises:
-            ValueError: For a subclass with its own `forward`, `sparse`, `max_norm`, or NaN or Inf in the table.
+        The source table is shared, not copied, until `pack` lets go of it. Raises as `checked_source` does.
         """
-        if type(embedding) is not nn.Embedding:
-            raise ValueError(
-                f"cannot compress {type(embedding).__name__}: only nn.Embedding itself is understood, because a "
-                "subclass may compute something else in forward"
-            )
-        if embedding.sparse or embedding.max_norm is not None:
-            raise ValueError(
-                f"cannot compress an nn.Embedding with sparse={embedding.sparse} and max_norm={embedding.max_norm}: "
-                "set sparse=False and max_norm=None first"
-            )
-        weight = embedding.weight.detach()
-        if not weight.is_meta and not torch.isfinite(weight).all():
-            bad = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
-            raise ValueError(f"the source table holds NaN or Inf, first in the row of token {bad}: repair it first")
+        source = checked_source(embedding)
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module._build(weight, config, embedding.padding_idx)
+        module._build(source, config, embedding.padding_idx)
         module.train(embedding.training)
         if token_counts is not None:
             module.warm_start(token_counts)
@@ -328,36 +312,12 @@ class AdaptiveCompressedEmbedding(nn.Module):
             f"code_lengths={self.config.code_lengths}, target_ratio={self.config.target_ratio:g}"
         )
 
-    # Saving and loading
-
-    def after_loading(self, name: str) -> None:
-        """Undo what loading did to constants, and check what was loaded; `name` is for messages."""
-        if self.coder is None:
-            self._packed_codes().validate(f"{name}.packed")
-        else:
+    def restore_constants(self) -> None:
+        """Mark the constants as such again after transformers loaded them as trainable parameters."""
+        if self.coder is not None:
             self.coder.restore_constants()
             for book in self.books():
                 book.restore_constants()
-        for parameter_name, parameter in self.named_parameters():
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-                raise ValueError(f"{name}.{parameter_name} holds NaN or Inf: the file is damaged")
-
-    def refuse_unfinished(self, name: str) -> None:
-        """Raise ValueError where saving would silently write something else than the user expects."""
-        if self.coder is None:
-            return
-        if not self.coder.driven:
-            raise ValueError(
-                f"{name} is compressed but its training schedule never ran: pass callbacks=[AdaCompCallback()] to the "
-                "Trainer (or call embedding.step(fraction) in your loop), or call hf_adacomp.pack(model) to save it "
-                "without training"
-            )
-        if self.abandoned:
-            raise ValueError(
-                f"{name}: training ended before the code lengths were frozen (at select_fraction="
-                f"{self.config.select_fraction:g} of the steps): resume the training, or call hf_adacomp.pack(model) "
-                "to freeze the lengths as they are"
-            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored_packed = f"{prefix}packed.codes" in state_dict
@@ -390,3 +350,27 @@ class AdaptiveCompressedEmbedding(nn.Module):
                 "token_counts to compress(), or train with AdaCompCallback(), which counts the training data"
             )
             self.warm_start()
+
+
+def checked_source(embedding: nn.Module) -> Tensor:
+    """The table of a plain `nn.Embedding`, (V, d).
+
+    Raises:
+        ValueError: For a subclass, which may compute something else in `forward`, for `sparse` or `max_norm`, and for
+            NaN or Inf in the table.
+    """
+    if type(embedding) is not nn.Embedding:
+        raise ValueError(
+            f"cannot compress {type(embedding).__name__}: only nn.Embedding itself is understood, because a "
+            "subclass may compute something else in forward"
+        )
+    if embedding.sparse or embedding.max_norm is not None:
+        raise ValueError(
+            f"cannot compress an nn.Embedding with sparse={embedding.sparse} and max_norm={embedding.max_norm}: "
+            "set sparse=False and max_norm=None first"
+        )
+    weight = embedding.weight.detach()
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
+        raise ValueError(f"the source table holds NaN or Inf, first in the row of token {bad}: repair it first")
+    return weight

@@ -6,7 +6,7 @@ import copy
 from itertools import chain
 from typing import Any
 
-from torch import nn
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -58,15 +58,15 @@ class AdaCompHfQuantizer(HfQuantizer):
             install(model, self.quantization_config)
             return model
         for name, embedding in compressed_embeddings(model).items():
-            _refuse_missing(name, embedding)
-            embedding.after_loading(name)
+            _refuse_damaged(name, embedding)
+            embedding.restore_constants()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained` before it writes anything: refuse half-trained tables, note the layouts."""
         embeddings = compressed_embeddings(model)
         for name, embedding in embeddings.items():
-            embedding.refuse_unfinished(name)
+            _refuse_unfinished(name, embedding)
         self.quantization_config.tables = {name: embedding.layout() for name, embedding in embeddings.items()}
         return None, {}
 
@@ -86,11 +86,30 @@ class AdaCompHfQuantizer(HfQuantizer):
         return True
 
 
-def _refuse_missing(name: str, embedding: nn.Module) -> None:
+def _refuse_damaged(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
     # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
     for key, tensor in chain(embedding.named_parameters(), embedding.named_buffers()):
         if not getattr(tensor, "_is_hf_initialized", False):
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}.{key} holds NaN or Inf: the file is damaged")
+    if embedding.packed is not None:
+        embedding.packed.validate(f"{name}.packed")
+
+
+def _refuse_unfinished(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
+    if embedding.coder is not None and not embedding.coder.driven:
+        raise ValueError(
+            f"{name} is compressed but its training schedule never ran: pass callbacks=[AdaCompCallback()] to the "
+            "Trainer (or call embedding.step(fraction) in your loop), or call hf_adacomp.pack(model) to save it "
+            "without training"
+        )
+    if embedding.coder is not None and embedding.abandoned:
+        raise ValueError(
+            f"{name}: training ended before the code lengths were frozen (at select_fraction="
+            f"{embedding.config.select_fraction:g} of the steps): resume the training, or call hf_adacomp.pack(model) "
+            "to freeze the lengths as they are"
+        )
 
 
 def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .config import AdaCompConfig
-from .embedding import AdaptiveCompressedEmbedding
+from .embedding import AdaptiveCompressedEmbedding, checked_source
 
 
 def compressed_embeddings(model: nn.Module) -> dict[str, AdaptiveCompressedEmbedding]:
@@ -37,11 +39,7 @@ def install(model: PreTrainedModel, config: AdaCompConfig, token_counts: Tensor 
 
 
 def token_table_of(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
-    """Module name and module of the token embeddings.
-
-    Raises:
-        ValueError: If the model has none, or they are no plain `nn.Embedding`.
-    """
+    """Module name and module of the token embeddings; ValueError if there are none or they are not understood."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:
@@ -51,12 +49,8 @@ def token_table_of(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
         raise ValueError(
             f"{type(model).__name__} has no token embeddings to compress (get_input_embeddings found none)"
         )
-    if type(table) is not nn.Embedding:
-        raise ValueError(
-            f"{type(model).__name__}: the token embeddings {names[0]!r} are a {type(table).__name__}; only "
-            "nn.Embedding itself is understood, because another class may compute something else in forward"
-        )
-    return names[0], table
+    checked_source(table)
+    return names[0], cast(nn.Embedding, table)
 
 
 def refuse_tied(model: PreTrainedModel, name: str, table: nn.Embedding) -> None:

@@ -80,7 +80,7 @@ def test_refuses_tied_tables_by_name(model, config):
 
 def test_refuses_a_model_without_token_embeddings(config):
     model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
-    with pytest.raises(ValueError, match="ViTModel"):
+    with pytest.raises(ValueError, match="cannot compress ViTPatchEmbeddings"):
         compress(model, config)
 
 
@@ -95,7 +95,7 @@ def test_refuses_a_subclass_with_its_own_forward(bert, config):
             return 2 * super().forward(input)
 
     bert.set_input_embeddings(Scaled(VOCABULARY, 32))
-    with pytest.raises(ValueError, match="are a Scaled"):
+    with pytest.raises(ValueError, match="cannot compress Scaled"):
         compress(bert, config)
 
 
