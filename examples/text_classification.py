@@ -78,6 +78,7 @@ class DemoTrainingArguments(TrainingArguments):
     """The Trainer's own options, with defaults for a short run."""
 
     output_dir: str | None = field(default="text_classification", metadata={"help": "Where models go."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Epochs of the dense model, or of one run."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts in a training step."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts in an evaluation step."})
     train_sampling_strategy: str = field(
