@@ -84,8 +84,6 @@ def size_report(model: nn.Module) -> SizeReport:
                 tokens_per_length=tokens,
             )
         )
-    if len(parts) == 1:
-        return parts[0]
     lengths_found = sorted({length for part in parts for length in part.tokens_per_length})
     return SizeReport(
         num_tokens=sum(part.num_tokens for part in parts),

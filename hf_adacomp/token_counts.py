@@ -29,16 +29,13 @@ def count_tokens(
         max_rows: Read at most so many rows of an iterable dataset, which may have no end.
     """
     dataset = loader.dataset
-    limit = None
-    if isinstance(dataset, IterableDataset):
-        limit = None if max_rows is None else -(-max_rows // BATCH_SIZE)
-        total = limit
-    else:
-        total = -(-len(dataset) // BATCH_SIZE)  # type: ignore[arg-type]  # map-style datasets have a length
+    endless = isinstance(dataset, IterableDataset)
+    rows = max_rows if endless else len(dataset)  # type: ignore[arg-type]  # map-style datasets have a length
+    limit = None if rows is None else -(-rows // BATCH_SIZE)
     batches = DataLoader(dataset, batch_size=BATCH_SIZE, collate_fn=loader.collate_fn)
     counts = torch.zeros(num_embeddings, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
-        for batch in tqdm(islice(batches, limit), desc="Counting tokens", total=total):
+        for batch in tqdm(islice(batches, limit), desc="Counting tokens", total=limit):
             if input_name not in batch:
                 raise ValueError(
                     f"cannot count the training data: its batches have no {input_name!r} but {sorted(batch)}; pass "
