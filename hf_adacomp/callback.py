@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .report import size_report
+from .significance import token_significance
 from .surgery import compressed_embeddings, require_compressed
 from .token_counts import count_tokens
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 class AdaCompCallback(TrainerCallback):
     """Drives the compressed embeddings of the model that a `Trainer` trains.
 
-    At the start it counts the training data, if counts were not given, and runs the warm start; before each optimizer
+    At the start it counts the training data, if counts were not given, runs the warm start and measures which tokens
+    the model's outputs react to (`AdaCompConfig.significance`); before each optimizer
     step it forwards `global_step / max_steps`, by which the embeddings anneal and then freeze; at the end it packs.
     Logs gain `adacomp/temperature`, `adacomp/bits_per_token`, `adacomp/ratio` and `adacomp/phase`.
 
@@ -30,16 +32,17 @@ class AdaCompCallback(TrainerCallback):
     ) -> None:
         for embedding in require_compressed(kwargs["model"]).values():
             embedding.abandoned = False
-            coder = embedding.coder
-            if coder is None or coder.driven or (coder.warm and coder.token_counts.any()):
+            coder, loader, show_progress = embedding.coder, kwargs["train_dataloader"], not args.disable_tqdm
+            if coder is None or coder.driven:
                 continue
-            counts = None
             if not coder.token_counts.any():  # an evaluation before training may have had to start without them
                 rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                counts = count_tokens(
-                    kwargs["train_dataloader"], embedding.num_embeddings, _input_name(kwargs["model"]), max_rows=rows
-                )
-            embedding.warm_start(counts, show_progress=not args.disable_tqdm)
+                counts = count_tokens(loader, embedding.num_embeddings, _input_name(kwargs["model"]), max_rows=rows)
+                embedding.warm_start(counts, show_progress)
+            elif not coder.warm:
+                embedding.warm_start(show_progress=show_progress)
+            if embedding.config.significance:
+                embedding.weigh(token_significance(kwargs["model"], embedding, loader, show_progress))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import packing
+from .config import FLOAT_DTYPES, INTEGER_BITS
+
 BITS_PER_BLOCK = 1 << 25
 """Table rows are processed in blocks of about this many bits (as float32: 128 MB) to bound memory."""
 
@@ -30,10 +33,28 @@ class BinaryStep(torch.autograd.Function):
         return 0.5 * grad[0] * (z.abs() < 1).to(z.dtype)
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to int8 with a scale of its own: `weight ~ int8 * scale`, (L, d) -> int8 (L, d), (L, 1)."""
-    scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(weight.dtype).tiny)
-    return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
+CLIP = {4: 2.45}
+"""Largest entry kept, in root mean squares of its row: at 4 bits the least error for normal entries (Max 1960)."""
+
+
+def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round each row to integers of `bits` bits with a scale of its own: `weight ~ integer * scale`.
+
+    (L, d) -> int8 (L, d) in `-(2^(bits-1) - 1) ..`, scale (L, 1).
+    """
+    most = 2 ** (bits - 1) - 1
+    peak = weight.abs().amax(dim=1, keepdim=True)
+    if bits in CLIP:
+        peak = peak.minimum(CLIP[bits] * weight.square().mean(dim=1, keepdim=True).sqrt())
+    scale = (peak / most).clamp_min(torch.finfo(weight.dtype).tiny)
+    return (weight / scale).round().clamp(-most, most).to(torch.int8), scale
+
+
+def codebook_bytes(length: int, dim: int, storage: str, dtype: torch.dtype) -> int:
+    """Bytes of a packed code-book: code vectors, bias and, for integers, scales in the `dtype` of the model."""
+    if storage in INTEGER_BITS:
+        return length * packing.packed_bytes(dim * INTEGER_BITS[storage]) + (length + dim) * dtype.itemsize
+    return (length + 1) * dim * FLOAT_DTYPES[storage].itemsize
 
 
 class BinaryCodebook(nn.Module):
@@ -43,13 +64,13 @@ class BinaryCodebook(nn.Module):
         decode   xhat = C^T b + c      the sum of the active code vectors (rows of C) and the bias c
 
     With `tied`, `F = encoder_scale * C`. Decoding always sees code vectors as they will be stored (rounded to
-    `storage_dtype`), with gradients passed straight through the rounding.
+    `storage`), with gradients passed straight through the rounding.
 
     Args:
         length: Number of code vectors, i.e. bits of a code.
         dim: Width d of the vectors.
         tied: Whether the encoder shares the code vectors.
-        storage_dtype: `torch.int8` or a float dtype.
+        storage: How code vectors are stored, as `AdaCompConfig.codebook_dtype`.
     """
 
     def __init__(
@@ -58,12 +79,13 @@ class BinaryCodebook(nn.Module):
         dim: int,
         *,
         tied: bool,
-        storage_dtype: torch.dtype,
+        storage: str,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.length, self.dim, self.tied, self.storage_dtype = length, dim, tied, storage_dtype
+        self.length, self.dim, self.tied, self.storage = length, dim, tied, storage
+        self.integer_bits = INTEGER_BITS.get(storage)
         self.packed = False
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5)
@@ -95,17 +117,18 @@ class BinaryCodebook(nn.Module):
         return 8 * max(1, BITS_PER_BLOCK // (8 * max(self.length, self.dim)))
 
     def code_vectors(self) -> Tensor:
-        """The (L, d) code vectors as stored; gradients reach `weight` (or `scale` once packed as int8)."""
-        if self.packed and self.storage_dtype == torch.int8:
-            return self.weight.to(self.scale.dtype) * self.scale
-        if self.storage_dtype == torch.int8:
-            integers, scale = quantize_rows(self.weight.detach())
-            return self.weight + (integers.to(scale.dtype) * scale - self.weight).detach()
-        return _rounded(self.weight, self.storage_dtype)
+        """The (L, d) code vectors as stored; gradients reach `weight` (or `scale` once packed as integers)."""
+        if self.integer_bits is None:
+            return _rounded(self.weight, FLOAT_DTYPES[self.storage])
+        if self.packed:
+            integers = self.weight if self.integer_bits == 8 else packing.unpack_nibbles(self.weight, self.dim)
+            return integers.to(self.scale.dtype) * self.scale
+        integers, scale = quantize_rows(self.weight.detach(), self.integer_bits)
+        return self.weight + (integers.to(scale.dtype) * scale - self.weight).detach()
 
     def stored_bias(self) -> Tensor:
-        """The (d,) bias as stored. With int8 code vectors it keeps the dtype of the model."""
-        return self.bias if self.storage_dtype == torch.int8 else _rounded(self.bias, self.storage_dtype)
+        """The (d,) bias as stored. With integer code vectors it keeps the dtype of the model."""
+        return self.bias if self.integer_bits else _rounded(self.bias, FLOAT_DTYPES[self.storage])
 
     def orthogonality(self) -> Tensor:
         """`|C C^T / s - I|^2 / L`, s the mean squared norm of the code vectors: 0 when they are orthonormal."""
@@ -114,16 +137,16 @@ class BinaryCodebook(nn.Module):
         return (gram - torch.eye(self.length, dtype=gram.dtype, device=gram.device)).square().sum() / self.length
 
     def pack(self) -> None:
-        """Drop the encoder; with int8 storage replace the float code vectors by int8 ones with trainable scales."""
+        """Drop the encoder; with integer storage replace the float code vectors by integers with trainable scales."""
         del self.encoder_bias
         if self.tied:
             del self.encoder_scale
         else:
             del self.encoder_weight
-        if self.storage_dtype == torch.int8:
-            integers, scale = quantize_rows(self.weight.detach())
+        if self.integer_bits:
+            integers, scale = quantize_rows(self.weight.detach(), self.integer_bits)
             del self.weight
-            self.register_buffer("weight", integers)
+            self.register_buffer("weight", integers if self.integer_bits == 8 else packing.pack_nibbles(integers))
             self.scale = nn.Parameter(scale)
         self.packed = True
 
@@ -133,21 +156,19 @@ class BinaryCodebook(nn.Module):
             self.encoder_scale.requires_grad_(False)
 
     def stored_bytes(self) -> int:
-        """Bytes of the packed code-book in a file: code vectors, bias and, for int8, scales."""
-        if self.storage_dtype == torch.int8:
-            return self.length * self.dim + (self.length + self.dim) * self.bias.dtype.itemsize
-        return (self.length + 1) * self.dim * self.storage_dtype.itemsize
+        """Bytes of the packed code-book in a file."""
+        return codebook_bytes(self.length, self.dim, self.storage, self.bias.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # The parameters keep the model's dtype to train on; a file holds the values that decoding sees. A skeleton on
         # the meta device is not saved but asked for the dtypes to load into.
-        if self.packed and self.storage_dtype.is_floating_point and not self.bias.is_meta:
+        if self.packed and self.integer_bits is None and not self.bias.is_meta:
             for name in ("weight", "bias"):
-                destination[prefix + name] = destination[prefix + name].to(self.storage_dtype)
+                destination[prefix + name] = destination[prefix + name].to(FLOAT_DTYPES[self.storage])
 
     def extra_repr(self) -> str:
-        return f"{self.length}, {self.dim}, tied={self.tied}, storage_dtype={self.storage_dtype}"
+        return f"{self.length}, {self.dim}, tied={self.tied}, storage={self.storage!r}"
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,7 +42,7 @@ class TokenCoder(nn.Module):
         self.source = nn.Parameter(source, requires_grad=False)
         self.token_counts = nn.Parameter(torch.zeros(len(source), dtype=torch.int64, **options), requires_grad=False)
         self.selector = LengthSelector(
-            len(source), config.code_lengths, config.selection_gain, dtype=source.dtype, **options
+            len(source), config.lengths, config.selection_gain, dtype=source.dtype, **options
         )
         self.register_buffer("assignment", torch.zeros(len(source), dtype=torch.uint8, **options))
         self.register_buffer("stage", torch.tensor(COLD, dtype=torch.uint8, **options))
@@ -84,6 +84,10 @@ class TokenCoder(nn.Module):
         self.selector.set_cost(cost, code_bits)
         self.stage.fill_(SELECT)
         self.settle(code_bits)
+
+    def weigh(self, significance: Tensor, code_bits: int) -> None:
+        """Scale the cost of each token's distortion by its `significance`, (V,), and begin selection anew."""
+        self.start(self.selector.cost * significance[:, None], code_bits)
 
     def advance(self, fraction: float, code_bits: int) -> None:
         """Take note that a share `fraction` of training is done: progress, price, and the freeze when it is due."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,21 +14,20 @@ QUANT_METHOD = "adacomp"
 FORMAT_VERSION = 1
 """Version of the file format that this release writes; files with a newer one are refused."""
 
+AUTO = "auto"
 ANNEALS = ("exponential", "linear", "cosine")
 HEADS = ("compress", "dense")
-CODEBOOK_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-}
+INTEGER_BITS = {"int4": 4, "int8": 8}
+FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+CODEBOOK_DTYPES = (*INTEGER_BITS, *FLOAT_DTYPES)
 
 
 class AdaCompConfig(QuantizationConfigMixin):
     """Settings of adaptive compression (Kim, Kim, Lee: *Adaptive Compression of Word Embeddings*, ACL 2020).
 
     Args:
-        code_lengths: Bits of each code-book, strictly increasing. Every token ends up with one of these lengths.
+        code_lengths: Bits of each code-book, strictly increasing; every token ends up with one of these lengths. Or
+            `"auto"`: the ladder that promises the least distortion for the table, its counts and `target_ratio`.
         target_ratio: Bytes of the dense float32 table over all stored bytes of the compressed one (codes, lengths,
             code-books). The frozen lengths never exceed that size.
         temperature_start: Gumbel-softmax temperature at the first step.
@@ -38,10 +38,12 @@ class AdaCompConfig(QuantizationConfigMixin):
         tied: Whether the encoder shares its weights with the code vectors (`F_k = s_k C_k`).
         orthogonality_weight: Weight of `|C_k C_k^T / scale - I|^2 / L_k`, averaged over the code-books.
         reconstruction_weight: Weight of the relative squared error of the decoded against the source vectors.
-        codebook_dtype: How code vectors are stored: `"int8"` (one float32 scale a vector), `"float16"`, `"bfloat16"`
-            or `"float32"`. Training sees the rounded values, so storing them costs nothing further.
+        codebook_dtype: How code vectors are stored: `"int4"` or `"int8"` (with one float scale a vector), `"float16"`,
+            `"bfloat16"` or `"float32"`. Training sees the rounded values, so storing them costs nothing further.
         selection_gain: Factor between the selector's parameters and its logits: an optimizer step of `lr` moves a
             logit by about `selection_gain * lr`, which lets one learning rate serve the model and the selector.
+        significance: Whether training starts with a look at which tokens the model's outputs react to most, on a
+            sample of the training data; if not, or without a Trainer, lengths start from token counts alone.
         head: For models whose output head is tied to the table: `"compress"` or `"dense"`.
         seed: Seed of the warm start and of the tokens that the regularisers sample.
         format_version: Version of the file format; for files.
@@ -53,7 +55,7 @@ class AdaCompConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        code_lengths: Sequence[int] = (8, 32, 128, 384),
+        code_lengths: Sequence[int] | str = AUTO,
         target_ratio: float = 40.0,
         temperature_start: float = 1.0,
         temperature_end: float = 0.3,
@@ -62,8 +64,9 @@ class AdaCompConfig(QuantizationConfigMixin):
         tied: bool = True,
         orthogonality_weight: float = 0.01,
         reconstruction_weight: float = 0.1,
-        codebook_dtype: str = "int8",
+        codebook_dtype: str = "int4",
         selection_gain: float = 400.0,
+        significance: bool = True,
         head: str = "compress",
         seed: int = 0,
         format_version: int = FORMAT_VERSION,
@@ -73,7 +76,7 @@ class AdaCompConfig(QuantizationConfigMixin):
         if quant_method != QUANT_METHOD:
             raise ValueError(f"AdaCompConfig has quant_method={QUANT_METHOD!r}; got {quant_method!r}")
         self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # plugins are registered by plain name
-        self.code_lengths = _checked_lengths(code_lengths)
+        self.code_lengths: tuple[int, ...] | str = AUTO if code_lengths == AUTO else _checked_lengths(code_lengths)
         self.target_ratio = _number("target_ratio", target_ratio, above=0)
         self.temperature_start = _number("temperature_start", temperature_start, above=0)
         self.temperature_end = _number("temperature_end", temperature_end, above=0)
@@ -87,8 +90,9 @@ class AdaCompConfig(QuantizationConfigMixin):
         self.tied = _boolean("tied", tied)
         self.orthogonality_weight = _number("orthogonality_weight", orthogonality_weight, least=0)
         self.reconstruction_weight = _number("reconstruction_weight", reconstruction_weight, least=0)
-        self.codebook_dtype = _choice("codebook_dtype", codebook_dtype, tuple(CODEBOOK_DTYPES))
+        self.codebook_dtype = _choice("codebook_dtype", codebook_dtype, CODEBOOK_DTYPES)
         self.selection_gain = _number("selection_gain", selection_gain, above=0)
+        self.significance = _boolean("significance", significance)
         self.head = _choice("head", head, HEADS)
         self.seed = _integer("seed", seed)
         self.format_version = _integer("format_version", format_version)
@@ -102,13 +106,22 @@ class AdaCompConfig(QuantizationConfigMixin):
         self.tables: dict[str, dict[str, Any]] = {name: dict(layout) for name, layout in (tables or {}).items()}
 
     @property
-    def storage_dtype(self) -> torch.dtype:
-        """The torch dtype in which code vectors are stored."""
-        return CODEBOOK_DTYPES[self.codebook_dtype]
+    def lengths(self) -> tuple[int, ...]:
+        """`code_lengths` once they are numbers; ValueError while they are `"auto"`."""
+        if isinstance(self.code_lengths, str):
+            raise ValueError(f"code_lengths={self.code_lengths!r} has not been resolved for a table yet")
+        return self.code_lengths
+
+    def with_lengths(self, code_lengths: Sequence[int]) -> AdaCompConfig:
+        """A copy for one table, whose code lengths are these."""
+        config = copy.copy(self)
+        config.code_lengths = _checked_lengths(code_lengths)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values; `AdaCompConfig(**config.to_dict())` gives an equal config."""
-        return {**super().to_dict(), "code_lengths": list(self.code_lengths)}
+        lengths = self.code_lengths if isinstance(self.code_lengths, str) else list(self.code_lengths)
+        return {**super().to_dict(), "code_lengths": lengths}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AdaCompConfig) and self.to_dict() == other.to_dict()
@@ -120,9 +133,11 @@ class AdaCompConfig(QuantizationConfigMixin):
         return f"AdaCompConfig({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
-def _checked_lengths(code_lengths: Sequence[int]) -> tuple[int, ...]:
+def _checked_lengths(code_lengths: Sequence[int] | str) -> tuple[int, ...]:
     if isinstance(code_lengths, (str, bytes)) or not isinstance(code_lengths, Sequence) or not code_lengths:
-        raise ValueError(f"code_lengths must be a sequence of at least one length in bits; got {code_lengths!r}")
+        raise ValueError(
+            f"code_lengths must be {AUTO!r} or a sequence of at least one length in bits; got {code_lengths!r}"
+        )
     lengths = tuple(_integer("code_lengths", length) for length in code_lengths)
     if min(lengths) < 1:
         raise ValueError(f"code_lengths must be positive numbers of bits; got {lengths}")
@@ -148,7 +163,7 @@ def _number(
     return float(value)
 
 
-def _integer(name: str, value: int) -> int:
+def _integer(name: str, value: int | str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} takes whole numbers; got {value!r}")
     return value

@@ -14,9 +14,11 @@ from . import packing
 from .budget import code_bits
 from .codebook import BITS_PER_BLOCK, BinaryCodebook
 from .coder import TokenCoder
-from .config import AdaCompConfig
+from .config import AUTO, AdaCompConfig
+from .length_choice import choose_code_lengths
 from .packed_codes import PackedCodes
 from .regularization import add_gradients, orthogonality, relative_error, sample_tokens
+from .token_counts import checked_counts
 from .warm_start import warm_start
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,12 @@ class AdaptiveCompressedEmbedding(nn.Module):
         source = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self._build(source.weight.data, config, source.padding_idx)
 
-    def _build(self, source: Tensor, config: AdaCompConfig, padding_idx: int | None) -> None:
+    def _build(
+        self, source: Tensor, config: AdaCompConfig, padding_idx: int | None, token_counts: Tensor | None = None
+    ) -> None:
+        if config.code_lengths == AUTO:
+            counts = torch.zeros(len(source)) if token_counts is None else checked_counts(token_counts, len(source))
+            config = config.with_lengths(choose_code_lengths(source, counts, config))
         self.num_embeddings, self.embedding_dim = source.shape
         self.padding_idx, self.config = padding_idx, config
         self.zero_padding = padding_idx is not None and (source.is_meta or not source[padding_idx].any())
@@ -69,11 +76,11 @@ class AdaptiveCompressedEmbedding(nn.Module):
                 length,
                 self.embedding_dim,
                 tied=config.tied,
-                storage_dtype=config.storage_dtype,
+                storage=config.codebook_dtype,
                 device=source.device,
                 dtype=source.dtype,
             )
-            for length in config.code_lengths
+            for length in config.lengths
         )
         self.coder: TokenCoder | None = TokenCoder(source, config)
         self.packed: PackedCodes | None = None
@@ -91,7 +98,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         source = checked_source(embedding)
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module._build(source, config, embedding.padding_idx)
+        module._build(source, config, embedding.padding_idx, token_counts)
         module.train(embedding.training)
         if token_counts is not None:
             module.warm_start(token_counts)
@@ -102,12 +109,13 @@ class AdaptiveCompressedEmbedding(nn.Module):
         cls, layout: dict[str, Any], config: AdaCompConfig, dtype: torch.dtype | None = None
     ) -> AdaptiveCompressedEmbedding:
         """An empty module on the meta device with the tensors that `layout` describes, ready to be loaded into."""
+        config = config.with_lengths(layout["code_lengths"])
         module = cls(
             layout["num_embeddings"], layout["embedding_dim"], config, layout["padding_idx"], device="meta", dtype=dtype
         )
         module.zero_padding = layout["zero_padding"]
         if layout["tokens_per_length"] is not None:
-            packed = PackedCodes(module.num_embeddings, config.code_lengths, layout["tokens_per_length"], device="meta")
+            packed = PackedCodes(module.num_embeddings, config.lengths, layout["tokens_per_length"], device="meta")
             module._become_packed(packed)
         return module
 
@@ -117,6 +125,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
             "num_embeddings": self.num_embeddings,
             "embedding_dim": self.embedding_dim,
             "padding_idx": self.padding_idx,
+            "code_lengths": list(self.config.lengths),
             "zero_padding": self.zero_padding,
             "tokens_per_length": list(self.packed.tokens_per_length) if self.packed else None,
         }
@@ -141,6 +150,20 @@ class AdaptiveCompressedEmbedding(nn.Module):
         bits, seed = self.code_bits(), self.config.seed
         cost = warm_start(list(self.books()), coder.source, coder.token_counts, bits, seed, show_progress)
         coder.start(cost, bits)
+
+    def weigh(self, significance: Tensor) -> None:
+        """Let tokens count by `significance`, (V,) positive, besides their counts, when lengths are chosen.
+
+        For the time between the warm start and training; `hf_adacomp.significance.token_significance` measures it.
+        """
+        coder = self._require_coder("weigh")
+        if significance.shape != (self.num_embeddings,) or not (significance > 0).all():
+            raise ValueError(
+                f"significance must hold {self.num_embeddings} positive numbers; got shape {tuple(significance.shape)} "
+                f"from {significance.min():g} to {significance.max():g}"
+            )
+        self._ensure_warm()
+        coder.weigh(significance.to(coder.source), self.code_bits())
 
     def step(self, fraction: float) -> None:
         """Tell the module how far training is, between `backward()` and `optimizer.step()`.
@@ -182,7 +205,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         coder, books = self.coder, list(self.books())
         members = [(coder.assignment == k).nonzero().squeeze(1) for k in range(len(books))]
         packed = PackedCodes(
-            self.num_embeddings, self.config.code_lengths, [len(m) for m in members], device=coder.source.device
+            self.num_embeddings, self.config.lengths, [len(m) for m in members], device=coder.source.device
         )
         packed.lengths.copy_(packing.pack_lengths(coder.assignment, len(books)))
         blocks = [
@@ -268,12 +291,16 @@ class AdaptiveCompressedEmbedding(nn.Module):
         """The code-book of the k-th code length."""
         return cast(BinaryCodebook, self.codebooks[k])
 
+    def source_table(self) -> Tensor:
+        """The table that is compressed, (V, d); only until it is packed."""
+        return self._require_coder("source_table").source.detach()
+
     def code_bits(self) -> int:
         """Bits available for the codes of all tokens under `config.target_ratio`."""
         codebook_bytes = sum(book.stored_bytes() for book in self.books())
         settings = self.config
         return code_bits(
-            self.num_embeddings, self.embedding_dim, settings.code_lengths, codebook_bytes, settings.target_ratio
+            self.num_embeddings, self.embedding_dim, settings.lengths, codebook_bytes, settings.target_ratio
         )
 
     def code_lengths(self) -> Tensor:
@@ -283,14 +310,14 @@ class AdaptiveCompressedEmbedding(nn.Module):
             assignment = self.coder.hard_assignment(self.code_bits())[0]
         else:
             assignment = self._packed_codes().assignment()
-        return torch.tensor(self.config.code_lengths, device=assignment.device)[assignment.to(torch.int64)]
+        return torch.tensor(self.config.lengths, device=assignment.device)[assignment.to(torch.int64)]
 
     @torch.no_grad()
     def codes(self, token_id: int) -> tuple[int, ...]:
         """Indices of the code vectors whose sum (plus the bias) is the token's vector."""
         if not 0 <= token_id < self.num_embeddings:
             raise IndexError(f"token id {token_id} is out of range for a table of {self.num_embeddings} rows")
-        k = self.config.code_lengths.index(int(self.code_lengths()[token_id]))
+        k = self.config.lengths.index(int(self.code_lengths()[token_id]))
         _, place = self._locate(torch.tensor([token_id], device=self.book(0).bias.device))
         return tuple(self._bits(k, place)[0].nonzero().squeeze(1).tolist())
 
@@ -309,7 +336,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return (
             f"{self.num_embeddings}, {self.embedding_dim}{padding}, phase={self.phase!r}, "
-            f"code_lengths={self.config.code_lengths}, target_ratio={self.config.target_ratio:g}"
+            f"code_lengths={self.config.lengths}, target_ratio={self.config.target_ratio:g}"
         )
 
     def restore_constants(self) -> None:

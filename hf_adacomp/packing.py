@@ -15,6 +15,8 @@ significant one; unused bits of a last byte are zero.
               | token 3   | token 7   | ... | 0  | token 0     | ... | 0    |
                 L_0 bits    L_0 bits     padding   L_1 bits      padding
 
+    nibbles   code vectors stored as int4: two entries a byte, the first in the low half; entry e as e + 8
+
 A token's code is found without stored offsets: its group follows from its length, and its place in the group is the
 number of earlier tokens of that length, `block_ranks` for its block of tokens plus a count inside the block.
 """
@@ -64,6 +66,20 @@ def unpack_rows(packed: Tensor, rows: Tensor, length: int) -> Tensor:
         return ((octets[:, :, None] >> place) & 1).view(len(rows), length)
     position = rows[:, None] * length + torch.arange(length, device=packed.device)
     return (packed[position >> 3] >> (position & 7).to(torch.uint8)) & 1
+
+
+def pack_nibbles(integers: Tensor) -> Tensor:
+    """Pack integers in -7..7, two a byte: int8 (L, d) -> uint8 (L, ceil(d / 2))."""
+    nibbles = (integers + 8).to(torch.uint8)
+    if nibbles.shape[1] % 2:
+        nibbles = torch.cat([nibbles, torch.zeros_like(nibbles[:, :1])], dim=1)
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor, dim: int) -> Tensor:
+    """Undo `pack_nibbles`: uint8 (L, ceil(d / 2)) -> int8 (L, d)."""
+    pairs = torch.stack([packed & 15, packed >> 4], dim=2)
+    return pairs.view(len(packed), -1)[:, :dim].to(torch.int8) - 8
 
 
 def pack_lengths(assignment: Tensor, num_lengths: int) -> Tensor:

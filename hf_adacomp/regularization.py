@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .codebook import BinaryCodebook
-from .warm_start import token_weights
+from .token_counts import token_weights
 
 SAMPLED_TOKENS = 1024
 """Tokens whose reconstruction is measured in one step."""
@@ -20,7 +20,7 @@ def sample_tokens(counts: Tensor, seed: int, progress: int) -> Tensor:
     A function of its arguments alone, so that ranks agree and a resumed run repeats itself.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + progress)
-    return torch.multinomial(token_weights(counts).cpu(), SAMPLED_TOKENS, replacement=True, generator=generator)
+    return torch.multinomial(token_weights(counts + 0.5).cpu(), SAMPLED_TOKENS, replacement=True, generator=generator)
 
 
 def orthogonality(codebooks: Iterable[BinaryCodebook]) -> Tensor:

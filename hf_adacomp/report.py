@@ -73,7 +73,7 @@ def size_report(model: nn.Module) -> SizeReport:
     parts = []
     for embedding in require_compressed(model).values():
         lengths = embedding.code_lengths()
-        tokens = {length: int((lengths == length).sum()) for length in embedding.config.code_lengths}
+        tokens = {length: int((lengths == length).sum()) for length in embedding.config.lengths}
         parts.append(
             SizeReport(
                 num_tokens=embedding.num_embeddings,

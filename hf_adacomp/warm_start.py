@@ -11,19 +11,13 @@ from tqdm.auto import tqdm
 
 from .budget import assign_lengths
 from .codebook import BinaryCodebook
+from .rate_distortion import binary_code_distortion, principal_axes
+from .token_counts import expected_counts, token_weights
 
 FIT_STEPS = 400
 FIT_BATCH = 512
 FIT_LEARNING_RATE = 0.01
 ROUNDS = 1
-
-
-def token_weights(counts: Tensor) -> Tensor:
-    """Weight of each token in the fit, (V,): `sqrt(count + 1/2)`, or 1 for all where nothing was counted.
-
-    The root lies between the table (every type alike) and running text (Zipf: a few types are everything).
-    """
-    return (counts.to(torch.float32) + 0.5).sqrt() if counts.any() else torch.ones_like(counts, dtype=torch.float32)
 
 
 def warm_start(
@@ -37,8 +31,8 @@ def warm_start(
     """Fit the code-books in place and return the weighted distortion of each token under each of them.
 
     Lengths and code-books need each other: a book is fitted to the tokens assigned to it, and tokens are assigned
-    by what the books lose on them. The first assignment takes the rate-distortion bound of a Gaussian with the
-    table's spectrum in place of the books; then the two alternate.
+    by what the books lose on them. The first assignment takes what the table's spectrum predicts in place of the
+    books; then the two alternate.
 
     Args:
         codebooks: One a code length, increasing.
@@ -53,10 +47,10 @@ def warm_start(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     x = source.detach().to(torch.float32)
-    weights = token_weights(counts).to(x.device)
+    weights = token_weights(expected_counts(counts.to(x.device), x))
     lengths = torch.tensor([book.length for book in codebooks], device=x.device)
-    mean, _, variances = _principal_axes(x, weights)
-    bound = torch.stack([_rate_distortion(variances, book.length) for book in codebooks])
+    mean, _, variances = principal_axes(x, weights)
+    bound = torch.stack([binary_code_distortion(variances, book.length) for book in codebooks])
     cost = (weights * (x - mean).square().sum(1))[:, None] * (bound / variances.sum().clamp_min(1e-30))
     with tqdm(total=ROUNDS * len(codebooks), desc="Fitting code-books", disable=not show_progress) as progress:
         for _ in range(ROUNDS):
@@ -79,7 +73,7 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
     bits (Gong and Lazebnik 2011); code vectors and bias follow in closed form; a few hundred weighted
     reconstruction steps then train encoder and decoder together.
     """
-    mean, axes, variances = _principal_axes(x, weights)
+    mean, axes, variances = principal_axes(x, weights)
     unit = variances.mean().sqrt().clamp_min(1e-12)  # fit in units of the table's own scale
     x = (x - mean) / unit
     rank = min(book.length, x.shape[1])
@@ -90,7 +84,7 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
 
     with torch.random.fork_rng(devices=[]):  # initial values are overwritten: training shall not notice them
         fitted = BinaryCodebook(
-            book.length, book.dim, tied=book.tied, storage_dtype=torch.float32, device=x.device, dtype=torch.float32
+            book.length, book.dim, tied=book.tied, storage=book.storage, device=x.device, dtype=torch.float32
         )
     with torch.no_grad():
         fitted.weight.copy_(vectors)
@@ -126,15 +120,6 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
             book.encoder_bias.copy_(fitted.encoder_bias - fitted.encoder_weight @ mean / unit)
 
 
-def _principal_axes(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted mean (d,), principal axes (d, d) as columns and variances (d,), decreasing."""
-    share = weights / weights.sum()
-    mean = share @ x
-    second = (x * share[:, None]).T @ x - mean[:, None] * mean
-    variances, axes = torch.linalg.eigh(second)
-    return mean, axes.flip(1), variances.flip(0).clamp_min(0)
-
-
 def _least_squares(bits: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Code vectors (L, d) and bias (d,) that minimise the weighted error of `bits @ C + c`, slightly ridged."""
     design = torch.cat([bits, torch.ones_like(bits[:, :1])], dim=1)
@@ -143,17 +128,3 @@ def _least_squares(bits: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Te
     ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
     solution = torch.linalg.solve(gram + ridge, weighted.T @ x)
     return solution[:-1], solution[-1]
-
-
-def _rate_distortion(variances: Tensor, bits: int) -> Tensor:
-    """Least mean squared error of a Gaussian with these variances at `bits` a vector (reverse water-filling).
-
-    Cover and Thomas, *Elements of Information Theory*, 10.3.3: `D = sum_i min(level, variance_i)` at the level
-    where `sum_i max(0, log2(variance_i / level) / 2) = bits`.
-    """
-    low, high = torch.zeros_like(variances[0]), variances[0]
-    for _ in range(60):
-        level = (low + high) / 2
-        rate = 0.5 * (variances / level.clamp_min(1e-30)).clamp_min(1).log2().sum()
-        low, high = (level, high) if rate > bits else (low, level)
-    return variances.clamp_max(high).sum()

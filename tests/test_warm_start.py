@@ -23,7 +23,7 @@ def test_more_bits_explain_more(tied):
     x, weights = table(), torch.ones(600)
     found = []
     for length in (4, 16, 48):
-        book = BinaryCodebook(length, 24, tied=tied, storage_dtype=torch.int8)
+        book = BinaryCodebook(length, 24, tied=tied, storage="int8")
         fit_codebook(book, x, weights, torch.Generator().manual_seed(0))
         found.append(explained(book, x, weights))
     assert found == sorted(found)
@@ -35,7 +35,7 @@ def test_more_bits_explain_more(tied):
 def test_weights_decide_where_the_error_falls():
     x = table()
     weights = torch.where(torch.arange(600) < 60, 50.0, 1.0)
-    books = [BinaryCodebook(16, 24, tied=True, storage_dtype=torch.float32) for _ in range(2)]
+    books = [BinaryCodebook(16, 24, tied=True, storage="float32") for _ in range(2)]
     fit_codebook(books[0], x, weights, torch.Generator().manual_seed(0))
     fit_codebook(books[1], x, torch.ones(600), torch.Generator().manual_seed(0))
     errors = [(x - book.reconstruct(x)).square().sum(1)[:60].sum() for book in books]
@@ -54,7 +54,7 @@ def test_cost_is_the_weighted_distortion_and_repeats():
     costs = []
     for _ in range(2):
         torch.set_rng_state(random_state)
-        books = [BinaryCodebook(n, 24, tied=True, storage_dtype=torch.int8) for n in (2, 8, 30)]
+        books = [BinaryCodebook(n, 24, tied=True, storage="int8") for n in (2, 8, 30)]
         expected_next = torch.get_rng_state()
         costs.append(warm_start(books, x, counts, 600 * 12, seed=3, show_progress=False))
     assert torch.equal(*costs)
@@ -68,13 +68,13 @@ def test_cost_is_the_weighted_distortion_and_repeats():
 def test_tables_of_odd_shapes(shape):
     torch.manual_seed(0)
     x = torch.randn(shape)
-    books = [BinaryCodebook(n, shape[1], tied=True, storage_dtype=torch.int8) for n in (2, 70)]
+    books = [BinaryCodebook(n, shape[1], tied=True, storage="int8") for n in (2, 70)]
     cost = warm_start(books, x, torch.zeros(shape[0], dtype=torch.int64), 80 * shape[0], 0, show_progress=False)
     assert torch.isfinite(cost).all()
 
 
 @pytest.mark.usefixtures("quick_fit")
 def test_constant_table():
-    books = [BinaryCodebook(n, 4, tied=False, storage_dtype=torch.int8) for n in (2, 8)]
+    books = [BinaryCodebook(n, 4, tied=False, storage="int8") for n in (2, 8)]
     warm_start(books, torch.full((50, 4), 0.3), torch.ones(50, dtype=torch.int64), 500, 0, show_progress=False)
     assert torch.allclose(books[1].reconstruct(torch.full((2, 4), 0.3)), torch.full((2, 4), 0.3), atol=1e-3)

@@ -1,0 +1,154 @@
+"""Accuracy at equal size: every way to make a token table small, on the same tasks, from the same dense models.
+
+    python examples/benchmarks/accuracy.py --data_dir data --tasks trec sst2 --ratios 40 80 --methods learned count
+
+A dense model is trained for each task and seed. Every method starts from it, replaces the token table, and trains
+everything but its codes for the same further epochs; so does the dense model. Each result, a cell, is written to
+`cells.jsonl` as soon as it is there: run the command again to go on, or with other selections to add to it. Two
+processes may share an output folder as long as their selections do not overlap. `--report_only` prints from the cells.
+
+Settings were chosen on validation splits; test splits are read to report.
+"""
+
+import itertools
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cells import Cells, Key, score_items
+from methods import METHODS, OURS, OWN_SIZE, OutOfReachError, install, stored_bytes
+from peers import Peer
+from report import write_report
+from tasks import BenchmarkTask, read_tasks  # also makes the modules of examples/ importable
+
+from comparison import Task, log_probabilities_of, parse  # isort: skip
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from hf_adacomp import AdaCompCallback
+
+RATIOS = (8.0, 16.0, 40.0, 80.0, 160.0, 300.0)
+LEADING = ("dense", *OURS)
+"""Methods that run with every seed; the others run with the first, until one turns out to be the best peer."""
+
+
+@dataclass
+class BenchmarkArguments:
+    data_dir: str = field(
+        default_factory=lambda: os.environ.get("ADACOMP_DATA", "data"),
+        metadata={"help": "Folder of the data files. Default: the environment's ADACOMP_DATA."},
+    )
+    tasks_file: str = field(
+        default=str(Path(__file__).with_name("tasks.json")),
+        metadata={"help": "What the tasks are: files, kinds, epochs."},
+    )
+    tasks: list[str] | None = field(default=None, metadata={"help": "Only these tasks."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Only these methods."})
+    ratios: list[float] = field(default_factory=lambda: list(RATIOS), metadata={"help": "Dense bytes / stored bytes."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of training and fitting."})
+    all_seeds: bool = field(default=False, metadata={"help": "Every seed for peers too, not the first only."})
+    output_dir: str = field(default="accuracy_benchmark", metadata={"help": "Cells, dense models, report."})
+    bf16: bool = field(default=False, metadata={"help": "Mixed precision in training and evaluation."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "For a quick look."})
+    report_only: bool = field(default=False, metadata={"help": "Print the table of the cells there are."})
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"unknown methods {sorted(unknown)}: choose among {', '.join(METHODS)}")
+
+
+class Run:
+    """One task with one seed: its data, its dense model, and the training that all methods share."""
+
+    def __init__(self, name: str, benchmark_task: BenchmarkTask, seed: int, args: BenchmarkArguments) -> None:
+        self.settings, self.seed, self.args = benchmark_task, seed, args
+        self.task: Task = benchmark_task.build()
+        self.folder = Path(args.output_dir) / "dense" / f"{name}-{seed}"
+        if not (self.folder / "config.json").exists():
+            set_seed(seed)
+            trainer = self.trainer(self.task.new_model(), benchmark_task.epochs, benchmark_task.learning_rate)
+            trainer.train()
+            trainer.save_model(self.folder)
+        self.model_class = type(self.task.new_model())
+
+    def cell(self, method: str, ratio: float | None) -> dict:
+        """Train and measure one method."""
+        model: PreTrainedModel = self.model_class.from_pretrained(self.folder)
+        dense_bytes = model.get_input_embeddings().weight.nbytes
+        counts = self.task.token_counts(model.get_input_embeddings().num_embeddings)
+        started = time.perf_counter()
+        try:
+            install(method, model, ratio, counts, self.seed)
+        except OutOfReachError as reason:
+            return {"out_of_reach": str(reason)}
+        fitted = time.perf_counter()
+        trainer = self.trainer(model, self.settings.further_epochs, self.settings.further_learning_rate)
+        if method in OURS:
+            trainer.add_callback(AdaCompCallback())
+        trainer.train()
+        if isinstance(model.get_input_embeddings(), Peer):
+            model.get_input_embeddings().finish()
+        trained = time.perf_counter()
+        cell = {"ratio": dense_bytes / stored_bytes(model), "fit_seconds": fitted - started}
+        cell["train_seconds"] = trained - fitted
+        for split in ("validation", "test"):
+            cell[split] = score_items(*log_probabilities_of(trainer.predict(self.task.splits[split])))
+        return cell
+
+    def trainer(self, model: PreTrainedModel, epochs: float, learning_rate: float) -> Trainer:
+        settings = TrainingArguments(
+            str(self.folder.with_name("scratch")),
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            seed=self.seed,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=64,
+            train_sampling_strategy="group_by_length",
+            save_strategy="no",
+            logging_steps=50,
+            report_to="none",
+            disable_tqdm=True,
+            bf16=self.args.bf16,
+        )
+        train = self.task.splits["train"]
+        if self.args.max_train_samples is not None and self.args.max_train_samples < len(train):
+            train = train.shuffle(seed=0).select(range(self.args.max_train_samples))
+        trainer = Trainer(model=model, args=settings, train_dataset=train, data_collator=self.task.collator)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+
+def keys(args: BenchmarkArguments, tasks: dict[str, BenchmarkTask]) -> list[Key]:
+    """Cells that are asked for, in the order of the work."""
+    chosen = []
+    for seed, task in itertools.product(args.seeds, args.tasks or tasks):
+        for method in args.methods:
+            if seed != args.seeds[0] and method not in LEADING and not args.all_seeds:
+                continue
+            ratios = [None] if method in OWN_SIZE else args.ratios
+            chosen += [Key(task, method, ratio, seed) for ratio in ratios]
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    (args,) = parse((BenchmarkArguments,), arguments)
+    tasks = read_tasks(Path(args.tasks_file), Path(args.data_dir))
+    if unknown := set(args.tasks or ()) - set(tasks):
+        raise ValueError(f"unknown tasks {sorted(unknown)}: {args.tasks_file} has {', '.join(tasks)}")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = Cells(folder / "cells.jsonl")
+    missing = [] if args.report_only else [key for key in keys(args, tasks) if key not in cells]
+    run, current = None, None
+    with tqdm(missing, desc="Cells") as progress:
+        for key in progress:
+            progress.set_postfix_str(" ".join(str(part) for part in key if part is not None))
+            if (key.task, key.seed) != current:
+                run, current = Run(key.task, tasks[key.task], key.seed, args), (key.task, key.seed)
+            cells.add(key, run.cell(key.method, key.ratio))
+    return write_report(cells, folder)
+
+
+if __name__ == "__main__":
+    main()

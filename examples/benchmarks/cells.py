@@ -1,0 +1,94 @@
+"""Results of the benchmark: one JSON line a cell (task, method, ratio, seed), and what is computed from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+class Key(NamedTuple):
+    """What a cell is a result of; `ratio` is None for methods whose size is what it is."""
+
+    task: str
+    method: str
+    ratio: float | None
+    seed: int
+
+
+class Cells:
+    """Cells in a file of JSON lines, to which they are added as they are done: a stopped run goes on from there."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._cells = file, {}
+        if file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                cell = json.loads(line)
+                self._cells[Key(*cell["key"])] = cell
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._cells
+
+    def __getitem__(self, key: Key) -> dict:
+        return self._cells[key]
+
+    def add(self, key: Key, cell: dict) -> None:
+        self._cells[key] = {"key": list(key), **cell}
+        with self.file.open("a", encoding="utf-8") as lines:  # one write: two runs may share the file
+            lines.write(json.dumps(self._cells[key], separators=(",", ":")) + "\n")
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._cells)
+
+    def done(self, task: str, method: str, ratio: float | None) -> dict[int, dict]:
+        """Finished cells of all seeds, by seed; without those that the method cannot reach."""
+        return {
+            key.seed: cell
+            for key, cell in self._cells.items()
+            if key[:3] == (task, method, ratio) and "out_of_reach" not in cell
+        }
+
+
+def score_items(log_probabilities: np.ndarray, labels: np.ndarray) -> dict:
+    """Accuracy in %, log-loss, and for each text how many labels (`of`) it has and how many are `right`."""
+    labels = labels.reshape(len(labels), -1)
+    log_probabilities = log_probabilities.reshape(*labels.shape, -1)
+    counting = labels != -100
+    right = ((log_probabilities.argmax(-1) == labels) & counting).sum(1)
+    of_truth = np.take_along_axis(log_probabilities, np.where(counting, labels, 0)[..., None], -1)[..., 0]
+    items = {"right": right.tolist()}
+    if labels.shape[1] > 1:
+        items["of"] = counting.sum(1).tolist()
+    return {
+        "accuracy": 100 * float(right.sum() / counting.sum()),
+        "log_loss": -float(of_truth[counting].mean()),
+        **items,
+    }
+
+
+def paired_difference(ours: dict[int, dict], theirs: dict[int, dict]) -> tuple[float, float, float] | None:
+    """Difference of test accuracy in points over the seeds that both have, with its 95 % bootstrap interval.
+
+    The texts of the test split are drawn again, for both methods and all seeds alike, `RESAMPLES` times.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    gains = np.mean([np.subtract(ours[s]["test"]["right"], theirs[s]["test"]["right"]) for s in seeds], axis=0)
+    sizes = np.asarray(ours[seeds[0]]["test"].get("of", np.ones(len(gains))))
+    generator = np.random.default_rng(0)
+    draws = generator.integers(len(gains), size=(RESAMPLES, len(gains)), dtype=np.int32)
+    resampled = 100 * gains[draws].sum(1) / sizes[draws].sum(1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(100 * gains.sum() / sizes.sum()), float(low), float(high)
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (None for one value)."""
+    values = list(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None

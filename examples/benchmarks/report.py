@@ -1,0 +1,158 @@
+"""The benchmark's table, JSON and picture, computed from its cells.
+
+    python examples/benchmarks/report.py --output_dir accuracy_benchmark --readme README.md
+
+writes the table between the two marker lines of the README as well.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from cells import Cells, mean_and_deviation, paired_difference
+from methods import METHODS, OURS, OWN_SIZE, PEERS
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of a backend without windows
+
+MARKERS = ("<!-- accuracy benchmark -->", "<!-- end of accuracy benchmark -->")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+
+
+def summarize(cells: Cells) -> dict:
+    """Mean, deviation and paired differences of all finished cells, JSON-ready."""
+    tasks = list(dict.fromkeys(key.task for key in cells))
+    forms = sorted({key[1:3] for key in cells}, key=lambda form: (form[1] or 0, METHODS.index(form[0])))
+    rows = [row for form in forms if (row := _row(cells, tasks, *form))]
+    comparisons = [
+        {"task": task, "ratio": ratio, "ours": "learned", "theirs": theirs, "points": points, "interval": interval}
+        for ratio in sorted({ratio for _, ratio in forms if ratio})
+        for theirs in METHODS
+        for task in tasks
+        if theirs != "learned"
+        for points, *interval in [_compare(cells, task, ratio, theirs)]
+        if points is not None
+    ]
+    return {"tasks": tasks, "rows": rows, "paired": comparisons}
+
+
+def _compare(cells: Cells, task: str, ratio: float, theirs: str) -> tuple[float | None, ...]:
+    other = None if theirs in OWN_SIZE else ratio
+    found = paired_difference(cells.done(task, "learned", ratio), cells.done(task, theirs, other))
+    return (None,) if found is None else found
+
+
+def _row(cells: Cells, tasks: list[str], method: str, ratio: float | None) -> dict | None:
+    """One method at one size: figures of each task, and the mean drop under dense over the tasks it has."""
+    figures = {}
+    for task in tasks:
+        done, dense = cells.done(task, method, ratio), cells.done(task, "dense", None)
+        if not done:
+            continue
+        mean, deviation = mean_and_deviation(cell["test"]["accuracy"] for cell in done.values())
+        figures[task] = {
+            "accuracy": mean,
+            "deviation": deviation,
+            "log_loss": float(np.mean([cell["test"]["log_loss"] for cell in done.values()])),
+            "validation_log_loss": float(np.mean([cell["validation"]["log_loss"] for cell in done.values()])),
+            "ratio": float(np.mean([cell["ratio"] for cell in done.values()])),
+            "seeds": sorted(done),
+        }
+        if both := sorted(done.keys() & dense.keys()):
+            figures[task]["drop"] = float(
+                np.mean([dense[seed]["test"]["accuracy"] - done[seed]["test"]["accuracy"] for seed in both])
+            )
+    if not figures:
+        return None
+    drops = [figure["drop"] for figure in figures.values() if "drop" in figure]
+    mean_drop = float(np.mean(drops)) if len(drops) == len(tasks) else None
+    return {"method": method, "ratio": ratio, "tasks": figures, "mean_drop": mean_drop}
+
+
+def table(summary: dict) -> str:
+    """Markdown: test accuracy in % (standard deviation over seeds), and the mean drop under dense."""
+    tasks = summary["tasks"]
+    lines = [
+        f"| ratio | method | {' | '.join(tasks)} | mean drop | seeds |",
+        "|---|---|" + "---|" * len(tasks) + "---|---|",
+    ]
+    for row in summary["rows"]:
+        figures = row["tasks"]
+        shown = [_accuracy(figures[task]) if task in figures else "" for task in tasks]
+        drop = "" if row["mean_drop"] is None else f"{row['mean_drop']:.2f}"
+        seeds = {len(figure["seeds"]) for figure in figures.values()}
+        ratio = row["ratio"] or np.mean([figure["ratio"] for figure in figures.values()])
+        lines.append(
+            f"| {ratio:.3g} | {row['method']} | {' | '.join(shown)} | {drop} | {'-'.join(map(str, sorted(seeds)))} |"
+        )
+    return "\n".join(lines)
+
+
+def _accuracy(figure: dict) -> str:
+    deviation = "" if figure["deviation"] is None else f" ({figure['deviation']:.2f})"
+    return f"{figure['accuracy']:.2f}{deviation}"
+
+
+def paired_table(summary: dict) -> str:
+    """Points of test accuracy that learned lengths are ahead, with 95 % bootstrap intervals."""
+    lines = ["| ratio | learned ahead of | task | points | 95 % interval |", "|---|---|---|---|---|"]
+    for pair in summary["paired"]:
+        low, high = pair["interval"]
+        who = f"| {pair['ratio']:g} | {pair['theirs']} | {pair['task']} |"
+        lines.append(f"{who} {pair['points']:+.2f} | {low:+.2f} to {high:+.2f} |")
+    return "\n".join(lines)
+
+
+def plot(summary: dict, file: Path) -> None:
+    """Accuracy against size, one panel a task and one line a method."""
+    tasks = summary["tasks"]
+    figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4.2), squeeze=False)
+    methods = [
+        method for method in (*OURS, *PEERS, "int8", "int4") if any(r["method"] == method for r in summary["rows"])
+    ]
+    for task, panel in zip(tasks, panels[0], strict=True):
+        for index, method in enumerate(methods):
+            points = sorted(
+                (row["tasks"][task]["ratio"], row["tasks"][task]["accuracy"])
+                for row in summary["rows"]
+                if row["method"] == method and task in row["tasks"]
+            )
+            if points:
+                panel.plot(
+                    *zip(*points, strict=True),
+                    marker="o^sDvP*X"[index % 8],
+                    color=COLOURS[index % len(COLOURS)],
+                    linestyle="-" if method in OURS else "--",
+                    linewidth=2.5 if method == "learned" else 1.2,
+                    label=method,
+                )
+        for row in summary["rows"]:
+            if row["method"] == "dense" and task in row["tasks"]:
+                panel.axhline(row["tasks"][task]["accuracy"], color="grey", linestyle=":", label="dense")
+                # What has collapsed is far below: show where methods still differ.
+                panel.set_ylim(bottom=row["tasks"][task]["accuracy"] - 15, top=row["tasks"][task]["accuracy"] + 1)
+        panel.set(title=task, xscale="log", xlabel="dense bytes / stored bytes")
+        panel.set_xticks([4, 8, 16, 40, 80, 160, 300], [4, 8, 16, 40, 80, 160, 300])
+        panel.minorticks_off()
+    panels[0][0].set_ylabel("test accuracy (%)")
+    handles = {
+        label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def write_report(cells: Cells, folder: Path) -> dict:
+    """Print both tables, write `summary.json` and `accuracy.png` into `folder`."""
+    summary = summarize(cells)
+    if summary["rows"]:
+        print(f"\n{table(summary)}\n\n{paired_table(summary)}")
+        plot(summary, folder / "accuracy.png")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary

@@ -1,0 +1,62 @@
+"""The benchmark's tasks, as `tasks.json` describes them: data files, epochs, learning rates."""
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # the example scripts are no package
+
+from comparison import Task  # noqa: E402  # found through the line above
+from labelled_texts import DataTrainingArguments  # noqa: E402
+from static_vectors import VectorArguments, static_vectors  # noqa: E402
+from text_classification import ModelArguments, text_classification  # noqa: E402
+from token_classification import TaggingArguments, token_classification  # noqa: E402
+
+DATA_SEED = 0
+"""Of the splits that are held out: all runs of a task see the same texts, whatever their seed."""
+
+
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """A task and how long to train on it.
+
+    `epochs` train the dense model; every method then trains `further_epochs` from there, the dense model too.
+    """
+
+    kind: str
+    options: dict
+    epochs: float = 3.0
+    further_epochs: float = 2.0
+    learning_rate: float = 5e-5
+    further_learning_rate: float = 5e-5
+
+    def build(self) -> Task:
+        if self.kind == "token_classification":
+            return token_classification(TaggingArguments(**self.options), DATA_SEED)
+        if self.kind == "static_vectors":
+            vectors = VectorArguments(self.options["vectors_file"])
+            texts = {name: value for name, value in self.options.items() if name != "vectors_file"}
+            return static_vectors(vectors, DataTrainingArguments(**texts), DATA_SEED)
+        if self.kind == "text_classification":
+            return text_classification(ModelArguments(), DataTrainingArguments(**self.options), DATA_SEED)
+        raise ValueError(
+            f"a task is a text_classification, a token_classification or of static_vectors; got {self.kind!r}"
+        )
+
+
+def read_tasks(file: Path, data_dir: Path) -> dict[str, BenchmarkTask]:
+    """Tasks by name; files are looked for in `data_dir`."""
+    training = {field.name for field in fields(BenchmarkTask)} - {"options"}
+    tasks = {}
+    for name, given in json.loads(file.read_text(encoding="utf-8")).items():
+        options = {
+            option: str(data_dir / value) if option.endswith("_file") else value
+            for option, value in given.items()
+            if option not in training
+        }
+        tasks[name] = BenchmarkTask(
+            options=options, **{option: value for option, value in given.items() if option in training}
+        )
+    return tasks

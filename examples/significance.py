@@ -1,0 +1,113 @@
+"""Which tokens got long codes, and why: code lengths of a text classifier against counts and what the task needs.
+
+python examples/significance.py --train_file train.tsv --test_file test.tsv --column_names label text --target_ratio 80
+
+Trains dense, compresses and trains on as `text_classification.py` does, then writes `significance.png` and
+`significance.json`: a histogram of lengths, lengths against counts with the tokens' information about the label as
+colour, the tokens whose length their count does not explain, and the rank correlation of length and information at
+equal count.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from comparison import CompressionArguments, ShortTrainingArguments, Task, compare, parse
+from labelled_texts import DataTrainingArguments
+from scipy.stats import rankdata
+from scipy.stats import t as student
+from text_classification import ModelArguments, text_classification
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of a backend without windows
+
+LEAST_COUNT = 5
+"""Tokens seen less often say too little about labels."""
+
+
+def label_information(task: Task, num_tokens: int) -> np.ndarray:
+    """Mutual information in nats of a text's label and whether the token is in it, (V,)."""
+    labels = np.asarray(task.splits["train"]["labels"])
+    texts = np.bincount(labels, minlength=len(task.labels)).astype(float)
+    present = np.zeros((num_tokens, len(texts)))
+    for ids, label in zip(task.splits["train"]["input_ids"], labels, strict=True):
+        present[list(set(ids)), label] += 1
+    information = np.zeros(num_tokens)
+    for joint in (present, texts - present):
+        share = joint / texts.sum()
+        independent = share.sum(1, keepdims=True) * texts / texts.sum()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            information += np.where(share > 0, share * np.log(share / independent), 0).sum(1)
+    return information
+
+
+def correlation_at_equal_count(lengths: np.ndarray, information: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """Partial Spearman correlation of length and information, log count (to its third power) held fixed."""
+    log_count = np.log(counts)
+    log_count = (log_count - log_count.mean()) / log_count.std()
+    control = np.stack([log_count**power for power in range(4)], axis=1)
+
+    def remainder(values: np.ndarray) -> np.ndarray:
+        ranks = rankdata(values)
+        return ranks - control @ np.linalg.lstsq(control, ranks, rcond=None)[0]
+
+    correlation = np.corrcoef(remainder(lengths), remainder(information))[0, 1]
+    freedom = len(lengths) - control.shape[1] - 1
+    statistic = correlation * np.sqrt(freedom / (1 - correlation**2))
+    return {
+        "correlation": float(correlation),
+        "p": float(2 * student.sf(abs(statistic), freedom)),
+        "tokens": len(lengths),
+    }
+
+
+def plot(lengths: np.ndarray, counts: np.ndarray, information: np.ndarray, file: Path) -> None:
+    """Histogram of all lengths; length against count of the tokens that were seen."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1, 1.8))
+    sizes, tokens = np.unique(lengths, return_counts=True)
+    left.bar([str(size) for size in sizes], tokens, color="#0072B2")
+    left.bar_label(left.containers[0], fmt="{:,.0f}")
+    left.set(xlabel="code length (bits)", ylabel="tokens")
+    seen = counts > 0
+    order = np.argsort(information[seen])  # the most telling on top
+    jitter = np.random.default_rng(0).uniform(0.85, 1.18, seen.sum())
+    points = right.scatter(
+        counts[seen][order],
+        (lengths[seen] * jitter)[order],
+        c=np.log10(information[seen][order].clip(1e-6)),
+        cmap="viridis",
+        s=7,
+    )
+    figure.colorbar(points, label="log10 of information about the label (nats)")
+    right.set(
+        xscale="log", yscale="log", xlabel="count in the training data", ylabel="code length (bits, spread a little)"
+    )
+    right.set_yticks(sizes, sizes)
+    right.minorticks_off()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    groups = (ModelArguments, DataTrainingArguments, CompressionArguments, ShortTrainingArguments)
+    model_args, data_args, compression_args, training_args = parse(groups, arguments)
+    folder = Path(training_args.output_dir)
+    task = text_classification(model_args, data_args, training_args.seed)
+    model, figures = compare(task, compression_args, training_args)
+    lengths = model.get_input_embeddings().code_lengths().numpy()
+    counts = task.token_counts(len(lengths)).numpy()
+    information = label_information(task, len(lengths))
+    telling = (counts >= LEAST_COUNT) & ~np.isin(np.arange(len(lengths)), task.tokenizer.all_special_ids)
+    figures["length_and_information"] = correlation_at_equal_count(
+        lengths[telling], information[telling], counts[telling]
+    )
+    print(f"\nRank correlation of length and information at equal count: {figures['length_and_information']}")
+    plot(lengths, counts, information, folder / "significance.png")
+    (folder / "significance.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""An LSTM text classifier on static word vectors, as a `PreTrainedModel` that saves and loads like any other."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class WordVectorConfig(PreTrainedConfig):
+    model_type = "word_vector_classifier"
+
+    def __init__(
+        self,
+        vocab_size: int = 8001,
+        vector_size: int = 300,
+        hidden_size: int = 150,
+        dropout: float = 0.5,
+        pad_token_id: int = 0,
+        **kwargs,
+    ) -> None:
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        self.vocab_size, self.vector_size, self.hidden_size = vocab_size, vector_size, hidden_size
+        self.dropout = dropout
+
+
+class WordVectorClassifier(PreTrainedModel):
+    """Word vectors, one bidirectional LSTM, its two last states, one linear layer."""
+
+    config_class = WordVectorConfig
+
+    def __init__(self, config: WordVectorConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.vector_size, config.pad_token_id)
+        self.lstm = nn.LSTM(config.vector_size, config.hidden_size, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.LSTM):  # torch's own initial values suit an LSTM
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        words = self.dropout(self.embeddings(input_ids))
+        lengths = attention_mask.sum(dim=1).cpu()
+        packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
+        _, (states, _) = self.lstm(packed)
+        logits = self.classifier(self.dropout(torch.cat([states[0], states[1]], dim=1)))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -1,0 +1,38 @@
+"""What a table's spectrum says about code lengths: principal axes and the distortion that bits can reach."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def principal_axes(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted mean (d,), principal axes (d, d) as columns and variances (d,), decreasing, of x (N, d)."""
+    share = weights / weights.sum()
+    mean = share @ x
+    second = (x * share[:, None]).T @ x - mean[:, None] * mean
+    variances, axes = torch.linalg.eigh(second)
+    return mean, axes.flip(1), variances.flip(0).clamp_min(0)
+
+
+def gaussian_distortion(variances: Tensor, bits: float) -> Tensor:
+    """Least mean squared error of a Gaussian with these variances at `bits` a vector (reverse water-filling).
+
+    Cover and Thomas, *Elements of Information Theory*, 10.3.3: `D = sum_i min(level, variance_i)` at the level
+    where `sum_i max(0, log2(variance_i / level) / 2) = bits`.
+    """
+    low, high = torch.zeros_like(variances[0]), variances[0]
+    for _ in range(60):
+        level = (low + high) / 2
+        rate = 0.5 * (variances / level.clamp_min(1e-30)).clamp_min(1).log2().sum()
+        low, high = (level, high) if rate > bits else (low, level)
+    return variances.clamp_max(high).sum()
+
+
+def binary_code_distortion(variances: Tensor, length: int) -> Tensor:
+    """About the mean squared error that a fitted binary code-book of `length` code vectors reaches.
+
+    Sums of code vectors do as a Gaussian code of fewer bits would, the more so the more vectors share the d axes:
+    measured on all-MiniLM-L6-v2, 0.75 L bits at L = 8, 0.6 L at L = d and 0.55 L at L = 4/3 d.
+    """
+    return gaussian_distortion(variances, 0.78 * length / (1 + 0.3 * length / len(variances)))
