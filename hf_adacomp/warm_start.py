@@ -14,7 +14,7 @@ from .codebook import BinaryCodebook
 from .rate_distortion import binary_code_distortion, principal_axes
 from .token_counts import expected_counts, token_weights
 
-FIT_STEPS = 400
+FIT_STEPS = 1200
 FIT_BATCH = 512
 FIT_LEARNING_RATE = 0.01
 ROUNDS = 1

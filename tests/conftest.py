@@ -33,7 +33,7 @@ def quick_fit(monkeypatch):
 
 @pytest.fixture
 def config() -> AdaCompConfig:
-    return AdaCompConfig(code_lengths=LENGTHS, target_ratio=26)
+    return AdaCompConfig(code_lengths=LENGTHS, target_ratio=32)
 
 
 @pytest.fixture

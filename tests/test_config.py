@@ -27,7 +27,7 @@ from hf_adacomp.quantizer import register
         ({"select_fraction": 1.5}, r"between 0 and 1; got 1.5"),
         ({"tied": 1}, r"tied must be True or False; got 1"),
         ({"orthogonality_weight": -1}, r"at least 0; got -1"),
-        ({"codebook_dtype": "int4"}, r"got 'int4'"),
+        ({"codebook_dtype": "int3"}, r"got 'int3'"),
         ({"head": "none"}, r"got 'none'"),
         ({"seed": 0.5}, r"got 0.5"),
         ({"format_version": 99}, r"format_version=99 .* upgrade hf_adacomp"),

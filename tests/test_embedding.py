@@ -74,7 +74,7 @@ def test_padding_row_that_was_not_zero_is_an_ordinary_row(source, config, counts
 
 
 @pytest.mark.parametrize("fraction", [None, 0.0, 0.2, 0.6])
-@pytest.mark.parametrize(("codebook_dtype", "ratio"), [("int8", 26), ("float16", 18), ("float32", 12)])
+@pytest.mark.parametrize(("codebook_dtype", "ratio"), [("int4", 32), ("int8", 26), ("float16", 18), ("float32", 12)])
 def test_eval_mode_computes_what_packing_would(source, counts, fraction, codebook_dtype, ratio):
     config = AdaCompConfig(LENGTHS, target_ratio=ratio, codebook_dtype=codebook_dtype)
     embedding = AdaptiveCompressedEmbedding.from_embedding(source, config, counts)
@@ -130,7 +130,7 @@ def test_task_gradient_reaches_selector_codes_and_encoder(embedding):
 
 def test_task_lengthens_the_tokens_it_needs(source, counts):
     """Tokens 400..419 are as rare as their neighbours, but only they matter to the loss."""
-    config = AdaCompConfig(LENGTHS, target_ratio=26, reconstruction_weight=0, orthogonality_weight=0)
+    config = AdaCompConfig(LENGTHS, target_ratio=32, reconstruction_weight=0, orthogonality_weight=0)
     embedding = AdaptiveCompressedEmbedding.from_embedding(source, config, counts)
     needed, needless = torch.arange(400, 420), torch.arange(420, 512)
     before = embedding.code_lengths().float()
@@ -222,7 +222,7 @@ def test_packed_holds_no_table(embedding):
 def test_deepcopy_and_repr(embedding, phase, ids):
     to_phase(embedding, phase).eval()
     assert torch.equal(copy.deepcopy(embedding)(ids), embedding(ids))
-    assert f"512, 32, padding_idx=0, phase='{phase}', code_lengths=(4, 8, 20), target_ratio=26" in repr(embedding)
+    assert f"512, 32, padding_idx=0, phase='{phase}', code_lengths=(4, 8, 20), target_ratio=32" in repr(embedding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -18,7 +18,7 @@ def test_example_runs(bert, tmp_path, monkeypatch):
     rows = [{"input_ids": torch.randint(0, VOCABULARY, (9,)), "labels": i % 2} for i in range(32)]
     example = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
     # The tiny table cannot be 80 times smaller.
-    example = example.replace("target_ratio=80", "code_lengths=(4, 8, 20), target_ratio=26")
+    example = example.replace("target_ratio=80", "code_lengths=(4, 8, 20), target_ratio=32")
     names = {"train_dataset": rows}
     exec(compile(example, str(README), "exec"), names)
     assert isinstance(names["model"], BertForSequenceClassification)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hf_adacomp.token_counts import BATCH_SIZE, count_tokens
+from hf_adacomp.token_counts import BATCH_SIZE, count_tokens, expected_counts, token_weights
 
 ROWS = [[1, 2, 3], [2, 2, 4], [5]] * 50
 
@@ -60,3 +60,25 @@ def test_endless_data_is_read_as_far_as_training_will():
 def test_batches_without_ids_are_refused():
     with pytest.raises(ValueError, match=r"no 'input_ids' but \['pixels'\].*token_counts"):
         count_tokens(DataLoader(Rows(), collate_fn=lambda rows: {"pixels": torch.zeros(1)}), 6)
+
+
+def test_expected_counts_of_unseen_tokens_follow_their_neighbours():
+    torch.manual_seed(0)
+    source = torch.randn(2000, 16)
+    common = source[:, 0] > 0.5
+    counts = torch.poisson(torch.where(common, 3.0, 0.05)).long()
+    expected = expected_counts(counts, source)
+    unseen = counts == 0
+    assert expected[unseen].mean() == pytest.approx(0.5, rel=1e-3)
+    assert expected[unseen & common].mean() > 3 * expected[unseen & ~common].mean()
+    assert (expected >= counts).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (50, 1)])
+def test_expected_counts_of_odd_tables(shape):
+    assert torch.equal(expected_counts(torch.zeros(shape[0]), torch.randn(shape)), torch.full(shape[:1], 0.5))
+    assert torch.isfinite(expected_counts(torch.ones(shape[0]), torch.zeros(shape))).all()
+
+
+def test_weights_are_roots():
+    assert token_weights(torch.tensor([0.5, 4.0])).tolist() == pytest.approx([0.5**0.5, 2])

@@ -5,7 +5,7 @@
 A dense model is trained for each task and seed. Every method starts from it, replaces the token table, and trains
 everything but its codes for the same further epochs; so does the dense model. Each result, a cell, is written to
 `cells.jsonl` as soon as it is there: run the command again to go on, or with other selections to add to it. Two
-processes may share an output folder as long as their selections do not overlap. `--report_only` prints from the cells.
+processes may share the folders as long as they work on different tasks or seeds. `report.py` prints what there is.
 
 Settings were chosen on validation splits; test splits are read to report.
 """
@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from cells import Cells, Key, score_items
 from methods import METHODS, OURS, OWN_SIZE, OutOfReachError, install, stored_bytes
 from peers import Peer
@@ -48,10 +49,12 @@ class BenchmarkArguments:
     ratios: list[float] = field(default_factory=lambda: list(RATIOS), metadata={"help": "Dense bytes / stored bytes."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of training and fitting."})
     all_seeds: bool = field(default=False, metadata={"help": "Every seed for peers too, not the first only."})
-    output_dir: str = field(default="accuracy_benchmark", metadata={"help": "Cells, dense models, report."})
+    output_dir: str = field(
+        default=str(Path(__file__).with_name("results")), metadata={"help": "Folder of cells.jsonl and the report."}
+    )
+    model_dir: str = field(default="outputs/accuracy_benchmark", metadata={"help": "Folder of the dense models."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision in training and evaluation."})
     max_train_samples: int | None = field(default=None, metadata={"help": "For a quick look."})
-    report_only: bool = field(default=False, metadata={"help": "Print the table of the cells there are."})
 
     def __post_init__(self) -> None:
         if unknown := set(self.methods) - set(METHODS):
@@ -64,7 +67,7 @@ class Run:
     def __init__(self, name: str, benchmark_task: BenchmarkTask, seed: int, args: BenchmarkArguments) -> None:
         self.settings, self.seed, self.args = benchmark_task, seed, args
         self.task: Task = benchmark_task.build()
-        self.folder = Path(args.output_dir) / "dense" / f"{name}-{seed}"
+        self.folder = Path(args.model_dir) / f"{name}-{seed}"
         if not (self.folder / "config.json").exists():
             set_seed(seed)
             trainer = self.trainer(self.task.new_model(), benchmark_task.epochs, benchmark_task.learning_rate)
@@ -109,7 +112,8 @@ class Run:
             logging_steps=50,
             report_to="none",
             disable_tqdm=True,
-            bf16=self.args.bf16,
+            bf16=self.args.bf16 and self.settings.mixed_precision,
+            use_cpu=not torch.cuda.is_available(),
         )
         train = self.task.splits["train"]
         if self.args.max_train_samples is not None and self.args.max_train_samples < len(train):
@@ -139,7 +143,7 @@ def main(arguments: list[str] | None = None) -> dict:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     cells = Cells(folder / "cells.jsonl")
-    missing = [] if args.report_only else [key for key in keys(args, tasks) if key not in cells]
+    missing = [key for key in keys(args, tasks) if key not in cells]
     run, current = None, None
     with tqdm(missing, desc="Cells") as progress:
         for key in progress:

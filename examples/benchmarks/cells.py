@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -61,14 +63,22 @@ def score_items(log_probabilities: np.ndarray, labels: np.ndarray) -> dict:
     counting = labels != -100
     right = ((log_probabilities.argmax(-1) == labels) & counting).sum(1)
     of_truth = np.take_along_axis(log_probabilities, np.where(counting, labels, 0)[..., None], -1)[..., 0]
-    items = {"right": right.tolist()}
-    if labels.shape[1] > 1:
-        items["of"] = counting.sum(1).tolist()
     return {
         "accuracy": 100 * float(right.sum() / counting.sum()),
         "log_loss": -float(of_truth[counting].mean()),
-        **items,
+        "right": encode_counts(right),
+        "of": encode_counts(counting.sum(1)),
     }
+
+
+def encode_counts(counts: np.ndarray) -> str:
+    """Small counts as text for a JSON line: 16 bits each, compressed."""
+    return base64.b85encode(zlib.compress(counts.astype("<u2").tobytes(), 9)).decode("ascii")
+
+
+def decode_counts(text: str) -> np.ndarray:
+    """Undo `encode_counts`."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype="<u2").astype(np.int64)
 
 
 def paired_difference(ours: dict[int, dict], theirs: dict[int, dict]) -> tuple[float, float, float] | None:
@@ -79,8 +89,9 @@ def paired_difference(ours: dict[int, dict], theirs: dict[int, dict]) -> tuple[f
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    gains = np.mean([np.subtract(ours[s]["test"]["right"], theirs[s]["test"]["right"]) for s in seeds], axis=0)
-    sizes = np.asarray(ours[seeds[0]]["test"].get("of", np.ones(len(gains))))
+    right = [[decode_counts(cells[seed]["test"]["right"]) for seed in seeds] for cells in (ours, theirs)]
+    gains = np.mean(np.subtract(*right), axis=0)
+    sizes = decode_counts(ours[seeds[0]]["test"]["of"])
     generator = np.random.default_rng(0)
     draws = generator.integers(len(gains), size=(RESAMPLES, len(gains)), dtype=np.int32)
     resampled = 100 * gains[draws].sum(1) / sizes[draws].sum(1)

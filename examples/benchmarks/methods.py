@@ -12,7 +12,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import PreTrainedModel
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress
-from hf_adacomp.token_counts import token_weights
+from hf_adacomp.token_counts import expected_counts, token_weights
 
 SLACK = 1.03
 """A peer may take 3 % more bytes than asked for: its sizes come in steps."""
@@ -64,7 +64,7 @@ def our_config(method: str, embedding: nn.Embedding, ratio: float, seed: int) ->
 def peer(method: str, embedding: nn.Embedding, ratio: float, token_counts: Tensor) -> Peer:
     """The form of the method with the most bits a token that fits `ratio`, fitted to the table."""
     table = embedding.weight.detach().clone()
-    weights = token_weights(token_counts, table)
+    weights = token_weights(expected_counts(token_counts, table))
     budget = 4 * table.numel() / ratio * SLACK
     if method == "uniform":
         fitting = [bits for bits in (4, 3, 2, 1) if table.numel() * bits / 8 + 2 * len(table) <= budget]

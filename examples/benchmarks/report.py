@@ -1,19 +1,21 @@
 """The benchmark's table, JSON and picture, computed from its cells.
 
-    python examples/benchmarks/report.py --output_dir accuracy_benchmark --readme README.md
+    python examples/benchmarks/report.py --readme README.md
 
-writes the table between the two marker lines of the README as well.
+writes the table of the stored results between the two marker lines of the README as well.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from cells import Cells, mean_and_deviation, paired_difference
 from methods import METHODS, OURS, OWN_SIZE, PEERS
+from transformers import HfArgumentParser
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without windows
@@ -148,6 +150,13 @@ def plot(summary: dict, file: Path) -> None:
     plt.close(figure)
 
 
+def fill_readme(readme: Path, text: str) -> None:
+    """Put `text` between the two marker lines of the README."""
+    before, rest = readme.read_text(encoding="utf-8").split(MARKERS[0] + "\n")
+    after = rest.split(MARKERS[1] + "\n")[1]
+    readme.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}\n{after}", encoding="utf-8")
+
+
 def write_report(cells: Cells, folder: Path) -> dict:
     """Print both tables, write `summary.json` and `accuracy.png` into `folder`."""
     summary = summarize(cells)
@@ -156,3 +165,23 @@ def write_report(cells: Cells, folder: Path) -> dict:
         plot(summary, folder / "accuracy.png")
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+@dataclass
+class ReportArguments:
+    output_dir: str = field(
+        default=str(Path(__file__).with_name("results")), metadata={"help": "Folder with cells.jsonl."}
+    )
+    readme: str | None = field(default=None, metadata={"help": "Put the table between the markers of this file."})
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses()
+    folder = Path(args.output_dir)
+    summary = write_report(Cells(folder / "cells.jsonl"), folder)
+    if args.readme is not None:
+        fill_readme(Path(args.readme), table(summary))
+
+
+if __name__ == "__main__":
+    main()

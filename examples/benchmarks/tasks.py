@@ -23,6 +23,7 @@ class BenchmarkTask:
     """A task and how long to train on it.
 
     `epochs` train the dense model; every method then trains `further_epochs` from there, the dense model too.
+    `mixed_precision` allows `--bf16`, with which an LSTM is many times slower on a CPU.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class BenchmarkTask:
     further_epochs: float = 2.0
     learning_rate: float = 5e-5
     further_learning_rate: float = 5e-5
+    mixed_precision: bool = True
 
     def build(self) -> Task:
         if self.kind == "token_classification":

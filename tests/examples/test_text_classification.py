@@ -155,14 +155,14 @@ def test_labels_unknown_to_the_training_data_are_named(example, arguments, tmp_p
 
 
 def test_missing_default_model_tells_what_to_install(example, monkeypatch):
-    text_classification = example("text_classification")
+    pretrained_encoder = example("pretrained_encoder")
 
     def missing(package):
         raise ModuleNotFoundError(package)
 
-    monkeypatch.setattr(text_classification.importlib.resources, "files", missing)
+    monkeypatch.setattr(pretrained_encoder.importlib.resources, "files", missing)
     with pytest.raises(SystemExit, match=r"hf-adacomp\[demo\]"):
-        text_classification.bundled_model()
+        pretrained_encoder.bundled_model()
 
 
 @pytest.mark.parametrize("extension", ["csv", "json", "jsonl"])

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_bert_config
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import BertForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutput
+
+from hf_adacomp import AdaCompConfig, compress
+from hf_adacomp.significance import token_significance
+
+
+class OneDirection(nn.Module):
+    """Logits that depend on the first coordinate of the vectors, and only for tokens below 100."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        strength = torch.where(input_ids < 100, 3.0, 0.1)
+        return {"logits": (self.embedding(input_ids)[..., :1] * strength[..., None]).sum(1)}
+
+
+def loader(rows=64, length=8) -> DataLoader:
+    ids = torch.randint(0, VOCABULARY // 2, (rows, length))
+    return DataLoader([{"input_ids": row} for row in ids], batch_size=4)
+
+
+@pytest.fixture
+def embedding(config, counts):
+    model = BertForSequenceClassification(tiny_bert_config())
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight[:, 1] = 0.05 * (torch.arange(VOCABULARY) % 256 < 100)  # what tells the two kinds apart
+    return compress(model, config, counts).get_input_embeddings()
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_tokens_that_the_outputs_react_to_are_significant_seen_or_not(embedding):
+    significance = token_significance(OneDirection(embedding), embedding, loader(), show_progress=False)
+    assert significance.shape == (VOCABULARY,)
+    assert significance[:100].mean() > 3 * significance[100:256].mean()
+    unseen = significance[256:]
+    assert unseen[:100].mean() > 3 * unseen[100:].mean()
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_measuring_leaves_model_and_random_numbers_alone(bert, config, counts):
+    model = compress(bert, config, counts).train()
+    embedding, data = model.get_input_embeddings(), loader()
+    before = torch.get_rng_state()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    token_significance(model, embedding, data, show_progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not embedding._forward_hooks
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_padding_does_not_count(bert, config, counts):
+    embedding = compress(bert, config, counts).get_input_embeddings()
+    rows = [{"input_ids": torch.tensor([5, 6, 7, 0]), "attention_mask": torch.tensor([1, 1, 1, 0])}] * 8
+    masked = token_significance(bert, embedding, DataLoader(rows, batch_size=4), show_progress=False)
+    assert torch.isfinite(masked).all()
+    assert (masked > 0).all()
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_model_without_logits_and_loss_is_refused(embedding):
+    class Silent(OneDirection):
+        def forward(self, input_ids):
+            return BaseModelOutput(last_hidden_state=self.embedding(input_ids))
+
+    with pytest.raises(ValueError, match=r"neither logits nor a loss; set AdaCompConfig\(significance=False\)"):
+        token_significance(Silent(embedding), embedding, loader(), show_progress=False)
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_significant_tokens_get_longer_codes_at_the_same_size(embedding):
+    significance = torch.ones(VOCABULARY)
+    significance[200:230] = 30
+    before = embedding.code_lengths()
+    embedding.weigh(significance)
+    after = embedding.code_lengths()
+    assert (after[200:230] >= before[200:230]).all()
+    assert after[200:230].sum() > before[200:230].sum()
+    assert after.sum() <= embedding.code_bits()
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.zeros(VOCABULARY), torch.full((VOCABULARY,), torch.nan)])
+@pytest.mark.usefixtures("quick_fit")
+def test_bad_significance_is_refused(embedding, bad):
+    with pytest.raises(ValueError, match="positive numbers"):
+        embedding.weigh(bad)
+
+
+def test_switch_is_validated():
+    with pytest.raises(ValueError, match="significance must be True or False; got 1"):
+        AdaCompConfig(significance=1)
