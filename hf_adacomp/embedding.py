@@ -295,6 +295,10 @@ class AdaptiveCompressedEmbedding(nn.Module):
         """The table that is compressed, (V, d); only until it is packed."""
         return self._require_coder("source_table").source.detach()
 
+    def token_counts(self) -> Tensor:
+        """Occurrences of each token in the training data, (V,); only until it is packed."""
+        return self._require_coder("token_counts").token_counts
+
     def code_bits(self) -> int:
         """Bits available for the codes of all tokens under `config.target_ratio`."""
         codebook_bytes = sum(book.stored_bytes() for book in self.books())

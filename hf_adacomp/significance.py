@@ -1,10 +1,11 @@
-"""How much each token matters for the task, before any length is learned.
+"""How much each token matters for the task, measured before any length is learned.
 
-    weight_w = sqrt(occurrences_w * sensitivity_w)
+What a short code loses of a token is mostly the token's own offset from the mean vector. How much the model's outputs
+react to that depends on the directions that the task reads: with the outputs' gradients g at all token positions,
 
-Occurrences are smoothed and sensitivities (how strongly the model's outputs react to a change of the token's vector)
-are predicted from the vectors themselves: tokens that the training data never shows, or shows once, are judged by what
-holds for tokens with similar vectors.
+    M = sum g g^T        significance_w = (x_w - mean)^T M (x_w - mean) / |x_w - mean|^2
+
+It needs no occurrence of the token itself, so that tokens which the training data never shows are judged too.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from .embedding import AdaptiveCompressedEmbedding
+from .token_counts import expected_counts, token_weights
 
 MEASURED_ROWS = 2048
 BATCH_SIZE = 32
-"""Rows of the training data that sensitivities are measured on, and rows at once."""
+"""Rows of the training data that gradients are measured on, and rows at once."""
 
-RIDGE = 0.0075
-"""Weight of the regression's penalty, a share of that of all tokens."""
+BLOCK = 1 << 15
+LARGEST = 100.0
+"""Tokens whose significance is computed at once, and the bound that no token's exceeds, nor its inverse."""
 
 
 def token_significance(
@@ -34,10 +37,7 @@ def token_significance(
     loader: DataLoader[Any],
     show_progress: bool = True,
 ) -> Tensor:
-    """Relative significance of one occurrence of each token, (V,) float32, 1 for an average token of the data.
-
-    The root of the expected squared gradient, at the token's source vector, of the model's outputs (a random
-    projection of its logits, or its loss if it has none). A log-linear ridge regression predicts it from the vector.
+    """Relative significance of one occurrence of each token, (V,) float32, 1 for an average token.
 
     Args:
         model: The model that is about to be trained.
@@ -48,33 +48,27 @@ def token_significance(
     Raises:
         ValueError: If the model returns neither logits nor a loss.
     """
-    sums, occurrences = _squared_gradients(model, embedding, loader, show_progress)
-    source = embedding.source_table().to(torch.float32)
-    seen = ((sums > 0) & (occurrences > 0)).nonzero().squeeze(1)
-    if len(seen) < 2:
-        return torch.ones_like(sums)
-    x = source[seen]
-    x_mean, x_unit = x.mean(0), x.std(correction=0).clamp_min(1e-12)
-    x = (x - x_mean) / x_unit
-    weights = occurrences[seen] / (occurrences[seen] + 2)  # one sample of a gradient says little
-    target = (sums[seen] / occurrences[seen]).log()
-    center = (weights @ target) / weights.sum()
-    gram = (x * weights[:, None]).T @ x + RIDGE * weights.sum() * torch.eye(x.shape[1], device=x.device)
-    slope = torch.linalg.solve(gram, (x * weights[:, None]).T @ (target - center))
-    predicted: Tensor = (source @ slope - x_mean @ slope) / x_unit
-    return (0.5 * predicted.clamp(-6, 6)).exp()
+    metric = _task_metric(model, embedding, loader, show_progress)
+    source, counts = embedding.source_table(), embedding.token_counts()
+    weights = token_weights(expected_counts(counts, source))
+    mean = weights @ source.to(torch.float32) / weights.sum()
+    significance = torch.empty_like(weights)
+    for rows in torch.arange(len(source), device=source.device).split(BLOCK):
+        offset = source[rows].to(torch.float32) - mean
+        norm = offset.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+        significance[rows] = ((offset @ metric) * offset).sum(1) / norm
+    average = (weights @ significance) / weights.sum()
+    if average <= 0:  # the outputs react to nothing
+        return torch.ones_like(significance)
+    return (significance / average).clamp(1 / LARGEST, LARGEST)
 
 
-def _squared_gradients(
-    model: nn.Module,
-    embedding: AdaptiveCompressedEmbedding,
-    loader: DataLoader[Any],
-    show_progress: bool,
-) -> tuple[Tensor, Tensor]:
-    """Sum of squared gradients at all occurrences of each token, and number of occurrences, both (V,) float32."""
+def _task_metric(
+    model: nn.Module, embedding: AdaptiveCompressedEmbedding, loader: DataLoader[Any], show_progress: bool
+) -> Tensor:
+    """`sum g g^T` over all positions that are not padding, (d, d) float32, at the source vectors."""
     source = embedding.source_table()
-    sums = torch.zeros(len(source), device=source.device)
-    occurrences = torch.zeros_like(sums)
+    metric = torch.zeros(source.shape[1], source.shape[1], device=source.device)
     vectors: list[tuple[Tensor, Tensor]] = []
 
     def use_source(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> Tensor:
@@ -97,15 +91,13 @@ def _squared_gradients(
                         continue
                     mask = batch.get("attention_mask")
                     shown = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
-                    shown = shown.bool()
-                    squares = gradient.detach().to(torch.float32).square().sum(-1)
-                    sums.index_add_(0, ids[shown], squares[shown])
-                    occurrences.index_add_(0, ids[shown], torch.ones_like(squares[shown]))
+                    g = gradient.detach()[shown.bool()].to(torch.float32)
+                    metric += g.T @ g
                 vectors.clear()
     finally:
         handle.remove()
         model.train(was_training)
-    return sums, occurrences
+    return metric
 
 
 def _rows(loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
