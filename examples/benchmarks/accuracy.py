@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from cells import Cells, Key, score_items
-from methods import METHODS, OURS, OWN_SIZE, OutOfReachError, install, stored_bytes
+from methods import METHODS, OURS, OWN_SIZE, OutOfReachError, base, install, stored_bytes
 from peers import Peer
 from report import write_report
 from tasks import BenchmarkTask, read_tasks  # also makes the modules of examples/ importable
@@ -45,7 +45,10 @@ class BenchmarkArguments:
         metadata={"help": "What the tasks are: files, kinds, epochs."},
     )
     tasks: list[str] | None = field(default=None, metadata={"help": "Only these tasks."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Only these methods."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "Only these; `learned:tied=false;seed=3` changes settings of AdaCompConfig."},
+    )
     ratios: list[float] = field(default_factory=lambda: list(RATIOS), metadata={"help": "Dense bytes / stored bytes."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of training and fitting."})
     all_seeds: bool = field(default=False, metadata={"help": "Every seed for peers too, not the first only."})
@@ -57,7 +60,7 @@ class BenchmarkArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "For a quick look."})
 
     def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(METHODS):
+        if unknown := {base(method) for method in self.methods} - set(METHODS):
             raise ValueError(f"unknown methods {sorted(unknown)}: choose among {', '.join(METHODS)}")
 
 
@@ -87,7 +90,7 @@ class Run:
             return {"out_of_reach": str(reason)}
         fitted = time.perf_counter()
         trainer = self.trainer(model, self.settings.further_epochs, self.settings.further_learning_rate)
-        if method in OURS:
+        if base(method) in OURS:
             trainer.add_callback(AdaCompCallback())
         trainer.train()
         if isinstance(model.get_input_embeddings(), Peer):
@@ -128,7 +131,7 @@ def keys(args: BenchmarkArguments, tasks: dict[str, BenchmarkTask]) -> list[Key]
     chosen = []
     for seed, task in itertools.product(args.seeds, args.tasks or tasks):
         for method in args.methods:
-            if seed != args.seeds[0] and method not in LEADING and not args.all_seeds:
+            if seed != args.seeds[0] and base(method) not in LEADING and not args.all_seeds:
                 continue
             ratios = [None] if method in OWN_SIZE else args.ratios
             chosen += [Key(task, method, ratio, seed) for ratio in ratios]

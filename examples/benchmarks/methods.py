@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import yaml
 from peers import Compositional, HashedBits, LowRank, Peer, ProductQuantized, UniformRows
 from torch import Tensor, nn
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
@@ -25,6 +26,11 @@ OWN_SIZE = {"dense": 1.0, "int8": 4.0, "int4": 8.0}
 METHODS = (*OWN_SIZE, *PEERS, *OURS)
 
 
+def base(method: str) -> str:
+    """`learned` of `learned:tied=false`: our methods may carry settings of `AdaCompConfig`."""
+    return method.partition(":")[0]
+
+
 class OutOfReachError(ValueError):
     """The method has no form of this size."""
 
@@ -37,7 +43,7 @@ def install(method: str, model: PreTrainedModel, ratio: float, token_counts: Ten
         granularity = PerAxis(0) if method == "int8" else PerGroup(embedding.embedding_dim // 12)
         config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, method), granularity=granularity)
         quantize_(model, config, filter_fn=lambda module, _: module is embedding)
-    elif method in OURS:
+    elif base(method) in OURS:
         compress(model, our_config(method, embedding, ratio, seed), token_counts)
     elif method in PEERS:
         model.set_input_embeddings(peer(method, embedding, ratio, token_counts))
@@ -47,12 +53,14 @@ def install(method: str, model: PreTrainedModel, ratio: float, token_counts: Ten
 
 def our_config(method: str, embedding: nn.Embedding, ratio: float, seed: int) -> AdaCompConfig:
     """The defaults, save what the comparison is about."""
-    if method == "learned":
-        return AdaCompConfig(target_ratio=ratio, seed=seed)
+    settings = {"target_ratio": ratio, "seed": seed}
     if method == "count":
-        return AdaCompConfig(target_ratio=ratio, seed=seed, select_fraction=0.0, significance=False)
+        return AdaCompConfig(**settings, select_fraction=0.0, significance=False)
+    if method != "fixed":
+        changes = [change.split("=") for change in method.partition(":")[2].split(";") if change]
+        return AdaCompConfig(**settings, **{name: yaml.safe_load(value) for name, value in changes})
     for length in range(2 * embedding.embedding_dim, 3, -4):  # the longest single length that fits
-        config = AdaCompConfig(code_lengths=(length,), target_ratio=ratio, seed=seed, select_fraction=0.0)
+        config = AdaCompConfig((length,), **settings, select_fraction=0.0, significance=False)
         try:
             AdaptiveCompressedEmbedding(*embedding.weight.shape, config, device="meta")
         except ValueError:

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from cells import Cells, mean_and_deviation, paired_difference
-from methods import METHODS, OURS, OWN_SIZE, PEERS
+from methods import METHODS, OURS, OWN_SIZE, PEERS, base
 from transformers import HfArgumentParser
 
 mpl.use("Agg")
@@ -28,7 +28,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 def summarize(cells: Cells) -> dict:
     """Mean, deviation and paired differences of all finished cells, JSON-ready."""
     tasks = list(dict.fromkeys(key.task for key in cells))
-    forms = sorted({key[1:3] for key in cells}, key=lambda form: (form[1] or 0, METHODS.index(form[0])))
+    forms = sorted({key[1:3] for key in cells}, key=lambda form: (form[1] or 0, METHODS.index(base(form[0]))))
     rows = [row for form in forms if (row := _row(cells, tasks, *form))]
     comparisons = [
         {"task": task, "ratio": ratio, "ours": "learned", "theirs": theirs, "points": points, "interval": interval}

@@ -1,26 +1,9 @@
 """The first example: its default corpus, and the whole script on a toy model and a toy task."""
 
-import importlib
 import json
-import random
-import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-WORDS = [f"word{i}" for i in range(200)]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-
-
-@pytest.fixture(scope="module")
-def example():
-    """Imports a module of examples/ the way running a script there does."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -28,43 +11,8 @@ def corpus(example):
     return example("docstring_corpus").build_corpus()
 
 
-@pytest.fixture(scope="module")
-def toy_model(tmp_path_factory) -> Path:
-    """Folder of a random two-layer BERT and its word tokenizer."""
-    folder = tmp_path_factory.mktemp("toy_model")
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
-    set_seed(0)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
-
-
-def write_tsv(file: Path, rows: int, seed: int) -> Path:
-    """Headerless `COARSE:fine<TAB>text`: the label is the half of the vocabulary the words are from."""
-    draw = random.Random(seed)
-    lines = []
-    for _ in range(rows):
-        half = draw.randrange(2)
-        text = " ".join(draw.choices(WORDS[100 * half : 100 * half + 100], k=draw.randint(3, 9)))
-        lines.append(f'{["LOW", "HIGH"][half]}:fine{draw.randrange(3)}\t{text} "\n')
-    file.write_text("".join(lines), encoding="utf-8")
-    return file
-
-
 @pytest.fixture
-def arguments(toy_model: Path, tmp_path: Path) -> list[str]:
+def arguments(toy_model: Path, tmp_path: Path, write_tsv) -> list[str]:
     given = {
         "model_name_or_path": toy_model,
         "train_file": write_tsv(tmp_path / "train.tsv", 400, seed=0),

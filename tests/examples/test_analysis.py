@@ -1,0 +1,65 @@
+"""Word similarity and significance: their statistics, and both scripts on toy data."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS
+
+pytest.importorskip("scipy", reason="the analyses need the extra `benchmark`")
+
+
+def test_information_about_the_label(example):
+    module = example("significance")
+    rows = {"input_ids": [[1, 2], [1, 3, 3], [1, 2], [1, 3]], "labels": [0, 1, 0, 1]}
+    task = example("comparison").Task({"train": rows}, ["a", "b"], None, None, None)
+    information = module.label_information(task, 5)
+    assert information == pytest.approx([0, 0, np.log(2), np.log(2), 0])
+
+
+def test_correlation_at_equal_count_sees_through_counts(example):
+    correlate = example("significance").correlation_at_equal_count
+    draw = np.random.default_rng(0)
+    counts = draw.zipf(1.5, 3000).clip(max=10**5).astype(float) + 5
+    information = draw.random(3000) * counts  # rises with the count, as lengths do
+    by_count = np.digitize(counts, [6, 10, 50]) * 10
+    assert abs(correlate(by_count, information, counts)["correlation"]) < 0.08
+    by_both = by_count + 10 * (information / counts > 0.7)
+    found = correlate(by_both, information, counts)
+    assert found["correlation"] > 0.2
+    assert found["p"] < 1e-6
+
+
+def test_significance_script(example, toy_model, write_tsv, tmp_path):
+    given = {
+        "model_name_or_path": toy_model,
+        "train_file": write_tsv(tmp_path / "train.tsv", 400, seed=0),
+        "test_file": write_tsv(tmp_path / "test.tsv", 100, seed=1),
+        "label_prefix_separator": ":",
+        "target_ratio": 8,
+        "num_train_epochs": 1,
+        "compression_epochs": 1,
+        "output_dir": tmp_path / "out",
+        "report_to": "none",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    figures = example("significance").main(
+        [*words, "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
+    )
+    assert figures["length_and_information"]["tokens"] > 100
+    assert -1 <= figures["length_and_information"]["correlation"] <= 1
+    assert (tmp_path / "out" / "significance.png").stat().st_size > 10_000
+
+
+def test_similarity_script(example, tmp_path, capsys):
+    vectors = torch.randn(len(WORDS), 32)
+    np.savez(tmp_path / "vectors.npz", words=np.array(WORDS), vectors=vectors.half().numpy())
+    normal = torch.nn.functional.normalize(vectors)
+    lines = [f"{WORDS[i]} {WORDS[i + 1]} {10 * float(normal[i] @ normal[i + 1])}" for i in range(0, 200, 2)]
+    (tmp_path / "set.txt").write_text("\n".join([*lines, "word0 unheard-of 5.0"]) + "\n", encoding="utf-8")
+    figures = example("word_similarity").main(
+        ["--wordsim_dir", str(tmp_path), "--vectors_file", str(tmp_path / "vectors.npz"), "--ratios", "4"]
+    )
+    assert figures["set"]["pairs"] == 100
+    assert figures["set"]["dense"] > 0.99
+    assert 0.5 < figures["set"]["4x"] < figures["set"]["dense"]
+    assert "dense" in capsys.readouterr().out

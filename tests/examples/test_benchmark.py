@@ -1,0 +1,141 @@
+"""The accuracy benchmark: sizes and fits of the peers, the cache of cells, statistics, a run on a toy task."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("faiss", reason="the benchmark's peers need the extra `benchmark`")
+pytest.importorskip("torchao", reason="the benchmark's peers need the extra `benchmark`")
+
+TOKENS, DIM = 2000, 48
+
+
+@pytest.fixture
+def embedding():
+    """A table with a decaying spectrum."""
+    return nn.Embedding.from_pretrained(torch.randn(TOKENS, DIM) / torch.arange(1, DIM + 1) ** 0.7)
+
+
+@pytest.mark.parametrize("method", ["uniform", "pq", "opq", "lsh", "itq", "svd", "compositional"])
+@pytest.mark.parametrize("ratio", [8, 20])
+def test_peers_fit_the_size_and_the_table(example, embedding, method, ratio, monkeypatch):
+    methods, peers = example("methods"), example("peers")
+    monkeypatch.setattr(peers.Compositional, "STEPS", 300)
+    counts = torch.arange(TOKENS)
+    peer = methods.peer(method, embedding, ratio, counts)
+    dense = 4 * TOKENS * DIM
+    assert dense / peer.stored_bytes() >= ratio / methods.SLACK
+    if (method, ratio) not in [("lsh", 8), ("itq", 8)]:  # they have no more than d bits
+        assert dense / peer.stored_bytes() < 2.2 * ratio  # it uses what it may, in the steps that it has
+    peer.finish()
+    ids = torch.arange(TOKENS).view(-1, 50)
+    decoded = peer(ids)
+    assert decoded.shape == (*ids.shape, DIM)
+    table = embedding.weight
+    assert (decoded.view(-1, DIM) - table).square().sum() < 0.96 * (table - table.mean(0)).square().sum()
+    decoded.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in peer.parameters())
+    assert not any(name == "codes" for name, _ in peer.named_parameters())
+
+
+def test_sizes_that_a_peer_cannot_reach_are_said(example, embedding):
+    methods = example("methods")
+    with pytest.raises(methods.OutOfReachError, match="one bit an entry"):
+        methods.peer("uniform", embedding, 100, torch.ones(TOKENS, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_uniform_rows_are_within_a_step(example, bits):
+    table = torch.linspace(-1, 1, 64).repeat(3, 1)
+    peer = example("peers").UniformRows(table, bits)
+    assert (peer(torch.arange(3)) - table).abs().max() <= peer.scale.max()
+
+
+def test_our_methods_differ_only_where_they_say(example, embedding):
+    our_config = example("methods").our_config
+    learned, count = (our_config(method, embedding, 8, 3) for method in ("learned", "count"))
+    assert learned.to_dict() | {"select_fraction": 0.0, "significance": False} == count.to_dict()
+    assert len(our_config("fixed", embedding, 8, 3).lengths) == 1
+    changed = our_config("learned:tied=false;code_lengths=[4, 8]", embedding, 8, 3)
+    assert (changed.tied, changed.lengths, changed.seed) == (False, (4, 8), 3)
+
+
+def test_cells_survive_and_runs_go_on(example, tmp_path):
+    module = example("cells")
+    key = module.Key("task", "learned", 80.0, 0)
+    module.Cells(tmp_path / "cells.jsonl").add(key, {"ratio": 80.5})
+    again = module.Cells(tmp_path / "cells.jsonl")
+    assert key in again
+    assert again[key]["ratio"] == 80.5
+    assert again.done("task", "learned", 80.0) == {0: again[key]}
+
+
+def test_scores_leave_out_what_has_no_label(example):
+    module = example("cells")
+    log_probabilities = np.log(np.array([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.5, 0.5]]]))
+    scores = module.score_items(log_probabilities, np.array([[0, 0], [1, -100]]))
+    assert scores["accuracy"] == pytest.approx(100 / 3)
+    assert scores["log_loss"] == pytest.approx(-np.log([0.9, 0.2, 0.4]).mean())
+    assert module.decode_counts(scores["right"]).tolist() == [1, 0]
+    assert module.decode_counts(scores["of"]).tolist() == [2, 1]
+
+
+def test_paired_difference_has_the_interval_of_its_texts(example):
+    module = example("cells")
+
+    def cell(right):
+        right = np.asarray(right)
+        return {"test": {"right": module.encode_counts(right), "of": module.encode_counts(np.ones_like(right))}}
+
+    better, worse = cell([1] * 60 + [0] * 40), cell([1] * 50 + [0] * 50)
+    points, low, high = module.paired_difference({0: better, 1: better}, {0: worse, 2: worse})
+    assert points == pytest.approx(10)
+    assert low == pytest.approx(10 - 1.96 * 3, abs=1)  # ten texts of a hundred differ: sqrt(100 * 0.1 * 0.9) = 3
+    assert high == pytest.approx(10 + 1.96 * 3, abs=1)
+    assert module.paired_difference({0: better}, {1: worse}) is None
+
+
+def test_whole_benchmark_on_a_toy_task(example, toy_model, write_tsv, tmp_path, monkeypatch, capsys):
+    accuracy, tasks = example("accuracy"), example("tasks")
+    monkeypatch.setattr(example("peers").Compositional, "STEPS", 50)
+    write_tsv(tmp_path / "train.tsv", 200, seed=0)
+    write_tsv(tmp_path / "test.tsv", 60, seed=1)
+    description = {"kind": "text_classification", "epochs": 2, "further_epochs": 1, "learning_rate": 5e-3}
+    description |= {"train_file": "train.tsv", "test_file": "test.tsv", "column_names": ["label", "text"]}
+    description |= {"label_prefix_separator": ":"}
+    (tmp_path / "tasks.json").write_text(json.dumps({"toy": description}), encoding="utf-8")
+    monkeypatch.setattr(tasks, "ModelArguments", lambda: example("text_classification").ModelArguments(str(toy_model)))
+    given = ["--data_dir", str(tmp_path), "--tasks_file", str(tmp_path / "tasks.json"), "--ratios", "8", "--seeds", "0"]
+    given += ["--output_dir", str(tmp_path / "results"), "--model_dir", str(tmp_path / "models")]
+    methods = ["dense", "int8", "uniform", "svd", "learned", "count", "fixed"]
+    summary = accuracy.main([*given, "--methods", *methods])
+    rows = {row["method"]: row["tasks"]["toy"] for row in summary["rows"]}
+    assert set(rows) == set(methods) - {"uniform"} | ({"uniform"} & set(rows))
+    assert rows["dense"]["drop"] == 0
+    assert rows["learned"]["ratio"] >= 8
+    assert (tmp_path / "results" / "accuracy.png").stat().st_size > 10_000
+    assert "| 8 | learned |" in capsys.readouterr().out
+
+    started = [path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")]
+    monkeypatch.setattr(accuracy.Run, "cell", lambda *_: pytest.fail("a finished cell was run again"))
+    assert accuracy.main([*given, "--methods", *methods]) == summary
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")] == started
+
+
+def test_readme_is_filled_between_its_markers(example, tmp_path):
+    report = example("report")
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n" + "\nold\n".join(report.MARKERS) + "\nb\n", encoding="utf-8")
+    report.fill_readme(readme, "new")
+    assert readme.read_text(encoding="utf-8") == "a\n" + "\nnew\n".join(report.MARKERS) + "\nb\n"
+
+
+def test_unknown_names_are_refused(example):
+    accuracy = example("accuracy")
+    with pytest.raises(ValueError, match=r"unknown methods \['leraned'\]"):
+        accuracy.main(["--methods", "leraned"])
+    with pytest.raises(ValueError, match=r"unknown tasks \['sst3'\]"):
+        accuracy.main(["--tasks", "sst3"])

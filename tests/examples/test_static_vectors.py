@@ -1,0 +1,59 @@
+"""Word vectors and an LSTM: reading, dropping unknown words, saving, loading, the whole script."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS
+
+
+@pytest.fixture
+def vectors_file(tmp_path):
+    file = tmp_path / "vectors.npz"
+    draw = np.random.default_rng(0)
+    words = [*WORDS, "Word0"]  # differs from the first in case only
+    np.savez(file, words=np.array(words), vectors=draw.normal(size=(len(words), 24)).astype(np.float16))
+    return str(file)
+
+
+def test_words_that_differ_in_case_are_one(example, vectors_file):
+    words, vectors = example("static_vectors").read_vectors(vectors_file)
+    assert words == WORDS
+    assert torch.equal(vectors[0], torch.from_numpy(np.load(vectors_file)["vectors"][0].astype(np.float32)))
+
+
+def test_unknown_words_are_dropped_unless_there_are_no_others(example):
+    drop = example("static_vectors").drop_unknown
+    assert drop({"input_ids": [1, 5, 1, 6]}, unknown=1) == {"input_ids": [5, 6], "attention_mask": [1, 1]}
+    assert drop({"input_ids": [1, 1]}, unknown=1) == {"input_ids": [1], "attention_mask": [1]}
+
+
+def test_padding_does_not_change_the_classifier(example):
+    module = example("word_vector_classifier")
+    torch.manual_seed(0)
+    model = module.WordVectorClassifier(module.WordVectorConfig(vocab_size=50, vector_size=8, hidden_size=6)).eval()
+    ids, mask = torch.randint(1, 50, (3, 5)), torch.ones(3, 5, dtype=torch.int64)
+    padded = [torch.nn.functional.pad(tensor, (0, 4)) for tensor in (ids, mask)]
+    assert torch.allclose(model(ids, mask).logits, model(*padded).logits, atol=1e-6)
+
+
+def test_dense_then_compressed(example, vectors_file, write_tsv, tmp_path):
+    given = {
+        "vectors_file": vectors_file,
+        "train_file": write_tsv(tmp_path / "train.tsv", 400, seed=0),
+        "test_file": write_tsv(tmp_path / "test.tsv", 100, seed=1),
+        "label_prefix_separator": ":",
+        "target_ratio": 8,
+        "num_train_epochs": 5,
+        "compression_epochs": 3,
+        "learning_rate": 1e-2,
+        "compression_learning_rate": 3e-3,
+        "output_dir": tmp_path / "out",
+        "report_to": "none",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    figures = example("static_vectors").main(
+        [*words, "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
+    )
+    assert figures["dense"]["test_accuracy"] > 0.9
+    assert figures["compressed"]["test_accuracy"] > 0.85
+    assert figures["size"]["ratio"] >= 8
