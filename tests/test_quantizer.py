@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, pack, size_report
+from hf_adacomp.config import CODEBOOK_DTYPES, FLOAT_DTYPES
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -59,13 +60,31 @@ def ours(folder: Path) -> dict[str, torch.Tensor]:
     return {name.split("word_embeddings.")[1]: tensors[name] for name in tensors if "word_embeddings." in name}
 
 
-@pytest.mark.parametrize("codebook_dtype", ["int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_chosen_code_lengths_are_in_the_file(bert, counts, ids, tmp_path, packed):
+    """`code_lengths="auto"` stays in the config; each table's own lengths come back with it."""
+    model = compress(bert, AdaCompConfig(target_ratio=20), counts).eval()
+    lengths = model.get_input_embeddings().config.lengths
+    if packed:
+        pack(model)
+    else:
+        model.get_input_embeddings().step(0.2)
+        model.eval()
+    expected = outputs(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.quantization_config.code_lengths == "auto"
+    assert loaded.get_input_embeddings().config.lengths == lengths
+    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, ids), expected, strict=True))
+
+
+@pytest.mark.parametrize("codebook_dtype", CODEBOOK_DTYPES)
 def test_every_codebook_dtype_survives_the_file(codebook_dtype, bert, counts, ids, tmp_path):
     pack(compress(bert, AdaCompConfig(LENGTHS, target_ratio=12, codebook_dtype=codebook_dtype), counts))
     expected = bert(ids).logits
     bert.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")["bert.embeddings.word_embeddings.codebooks.0.weight"]
-    assert stored.dtype == getattr(torch, codebook_dtype)
+    assert stored.dtype == {"int4": torch.uint8, "int8": torch.int8, **FLOAT_DTYPES}[codebook_dtype]
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded(ids).logits, expected)

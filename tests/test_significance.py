@@ -86,8 +86,27 @@ def test_model_without_logits_and_loss_is_refused(embedding):
         def forward(self, input_ids):
             return BaseModelOutput(last_hidden_state=self.embedding(input_ids))
 
-    with pytest.raises(ValueError, match=r"neither logits nor a loss; set AdaCompConfig\(significance=False\)"):
+    with pytest.raises(ValueError, match=r"neither logits nor a loss but .*Set AdaCompConfig\(significance=False\)"):
         token_significance(Silent(embedding), embedding, loader(), show_progress=False)
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_columns_for_the_trainer_alone_are_left_out(embedding):
+    rows = [{"input_ids": torch.tensor([3, 4]), "weight_of_row": torch.tensor(2.0)}] * 4
+    model = OneDirection(embedding)
+    assert token_significance(model, embedding, DataLoader(rows, batch_size=4), show_progress=False).shape
+
+
+@pytest.mark.usefixtures("quick_fit")
+@pytest.mark.parametrize("answer", ["a tuple", "other inputs"])
+def test_model_that_cannot_be_asked_is_refused(embedding, answer):
+    class Odd(nn.Module):
+        def forward(self, features=None):
+            return (embedding(torch.tensor([3])),)
+
+    rows = [{"features" if answer == "a tuple" else "input_ids": torch.tensor([3, 4])}] * 4
+    with pytest.raises(ValueError, match=r"cannot measure which tokens matter.*significance=False"):
+        token_significance(Odd(), embedding, DataLoader(rows, batch_size=4), show_progress=False)
 
 
 @pytest.mark.usefixtures("quick_fit")

@@ -5,8 +5,6 @@ import pytest
 import torch
 from conftest import WORDS
 
-pytest.importorskip("scipy", reason="the analyses need the extra `benchmark`")
-
 
 def test_information_about_the_label(example):
     module = example("significance")

@@ -7,9 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("faiss", reason="the benchmark's peers need the extra `benchmark`")
-pytest.importorskip("torchao", reason="the benchmark's peers need the extra `benchmark`")
-
 TOKENS, DIM = 2000, 48
 
 
