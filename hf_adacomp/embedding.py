@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from . import packing
 from .budget import code_bits
 from .codebook import BITS_PER_BLOCK, BinaryCodebook
-from .coder import TokenCoder
+from .coder import TokenCoder, checked_source
 from .config import AUTO, AdaCompConfig
 from .length_choice import choose_code_lengths
 from .packed_codes import PackedCodes
@@ -381,27 +381,3 @@ class AdaptiveCompressedEmbedding(nn.Module):
                 "token_counts to compress(), or train with AdaCompCallback(), which counts the training data"
             )
             self.warm_start()
-
-
-def checked_source(embedding: nn.Module) -> Tensor:
-    """The table of a plain `nn.Embedding`, (V, d).
-
-    Raises:
-        ValueError: For a subclass, which may compute something else in `forward`, for `sparse` or `max_norm`, and for
-            NaN or Inf in the table.
-    """
-    if type(embedding) is not nn.Embedding:
-        raise ValueError(
-            f"cannot compress {type(embedding).__name__}: only nn.Embedding itself is understood, because a "
-            "subclass may compute something else in forward"
-        )
-    if embedding.sparse or embedding.max_norm is not None:
-        raise ValueError(
-            f"cannot compress an nn.Embedding with sparse={embedding.sparse} and max_norm={embedding.max_norm}: "
-            "set sparse=False and max_norm=None first"
-        )
-    weight = embedding.weight.detach()
-    if not weight.is_meta and not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
-        raise ValueError(f"the source table holds NaN or Inf, first in the row of token {bad}: repair it first")
-    return weight

@@ -7,8 +7,9 @@ from typing import cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .coder import checked_source
 from .config import AdaCompConfig
-from .embedding import AdaptiveCompressedEmbedding, checked_source
+from .embedding import AdaptiveCompressedEmbedding
 
 
 def compressed_embeddings(model: nn.Module) -> dict[str, AdaptiveCompressedEmbedding]:
