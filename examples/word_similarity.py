@@ -3,10 +3,11 @@
 python examples/word_similarity.py --wordsim_dir wordsim                              # MiniLM's token table
 python examples/word_similarity.py --wordsim_dir wordsim --vectors_file word2vec.npz  # static word vectors
 
-A word's vector is the mean of its tokens' rows. Nothing is trained: the table is compressed as it stands, without
-token counts.
+A word's vector is the mean of its tokens' rows. Nothing is trained: the table is compressed as it stands, with the
+token counts of `--text_file` if one is given.
 """
 
+import gzip
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
 class SimilarityArguments:
     wordsim_dir: str = field(metadata={"help": "Folder of .txt files with lines `word word score`."})
     vectors_file: str | None = field(default=None, metadata={"help": "npz with `words` and `vectors`."})
+    text_file: str | None = field(
+        default=None, metadata={"help": "Text, .gz too, whose token counts say which tokens are common."}
+    )
     ratios: list[float] = field(default_factory=lambda: [16.0, 30.0, 40.0, 80.0], metadata={"help": "Sizes."})
     seed: int = field(default=0, metadata={"help": "Seed of the fit."})
     json_out: str | None = field(default=None, metadata={"help": "Write every figure to this file."})
@@ -39,6 +43,16 @@ def load_table(vectors_file: str | None) -> tuple[PreTrainedTokenizerBase, nn.Em
     words, vectors = read_vectors(vectors_file)
     tokenizer = word_tokenizer(words)
     return tokenizer, nn.Embedding.from_pretrained(torch.cat([torch.zeros(2, vectors.shape[1]), vectors]))
+
+
+def count_text(file: str | None, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Tensor:
+    """Occurrences of each token in the text, (V,); zeros without a text."""
+    ids: list[int] = []
+    if file is not None:
+        with gzip.open(file, "rt", encoding="utf-8") if file.endswith(".gz") else open(file, encoding="utf-8") as text:
+            for line in text:
+                ids += tokenizer(line, add_special_tokens=False)["input_ids"]
+    return torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=num_tokens)
 
 
 def read_pairs(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int], float]]:
@@ -66,11 +80,11 @@ def correlation(pairs: list[tuple[list[int], list[int], float]], embedding: nn.M
 def main(arguments: list[str] | None = None) -> dict:
     (args,) = parse((SimilarityArguments,), arguments)
     tokenizer, dense = load_table(args.vectors_file)
+    counts = count_text(args.text_file, tokenizer, dense.num_embeddings)
     tables: dict[str, nn.Module] = {"dense": dense}
     for ratio in args.ratios:
         config = AdaCompConfig(target_ratio=ratio, seed=args.seed)
-        compressed = AdaptiveCompressedEmbedding.from_embedding(dense, config)
-        compressed.warm_start()
+        compressed = AdaptiveCompressedEmbedding.from_embedding(dense, config, counts)
         compressed.pack()
         tables[f"{ratio:g}x"] = compressed.to_embedding()
     print(f"{'set':<22}{'pairs':>7}" + "".join(f"{name:>10}" for name in tables))

@@ -71,7 +71,8 @@ def _row(cells: Cells, tasks: list[str], method: str, ratio: float | None) -> di
     if not figures:
         return None
     drops = [figure["drop"] for figure in figures.values() if "drop" in figure]
-    mean_drop = float(np.mean(drops)) if len(drops) == len(tasks) else None
+    measured = {key.task for key in cells if key.ratio == ratio}  # the mean is of all tasks that have this ratio
+    mean_drop = float(np.mean(drops)) if len(drops) == len(measured) else None
     return {"method": method, "ratio": ratio, "tasks": figures, "mean_drop": mean_drop}
 
 
@@ -136,7 +137,7 @@ def plot(summary: dict, file: Path) -> None:
             if row["method"] == "dense" and task in row["tasks"]:
                 panel.axhline(row["tasks"][task]["accuracy"], color="grey", linestyle=":", label="dense")
                 # What has collapsed is far below: show where methods still differ.
-                panel.set_ylim(bottom=row["tasks"][task]["accuracy"] - 15, top=row["tasks"][task]["accuracy"] + 1)
+                panel.set_ylim(bottom=max(panel.get_ylim()[0], row["tasks"][task]["accuracy"] - 15))
         panel.set(title=task, xscale="log", xlabel="dense bytes / stored bytes")
         panel.set_xticks([4, 8, 16, 40, 80, 160, 300], [4, 8, 16, 40, 80, 160, 300])
         panel.minorticks_off()
