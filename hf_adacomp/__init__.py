@@ -10,6 +10,7 @@ from .config import AdaCompConfig
 from .embedding import AdaptiveCompressedEmbedding
 from .quantizer import register as _register
 from .report import size_report, token_table
+from .vocabulary import add_tokens, keep_tokens
 
 __version__ = "0.1.0"
 
@@ -17,8 +18,10 @@ __all__ = [
     "AdaCompCallback",
     "AdaCompConfig",
     "AdaptiveCompressedEmbedding",
+    "add_tokens",
     "compress",
     "decompress",
+    "keep_tokens",
     "pack",
     "size_report",
     "token_table",

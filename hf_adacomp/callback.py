@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .embedding import AdaptiveCompressedEmbedding
 from .report import size_report
 from .significance import token_significance
 from .surgery import compressed_embeddings, require_compressed
@@ -37,7 +38,7 @@ class AdaCompCallback(TrainerCallback):
                 continue
             if not coder.token_counts.any():  # an evaluation before training may have had to start without them
                 rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                counts = count_tokens(loader, embedding.num_embeddings, _input_name(kwargs["model"]), max_rows=rows)
+                counts = count_tokens(loader, embedding.num_embeddings, _id_names(kwargs["model"], embedding), rows)
                 embedding.warm_start(counts, show_progress)
             elif not coder.warm:
                 embedding.warm_start(show_progress=show_progress)
@@ -93,5 +94,13 @@ class AdaCompCallback(TrainerCallback):
                 embedding.pack()
 
 
-def _input_name(model: nn.Module) -> str:
-    return getattr(model, "main_input_name", "input_ids")
+def _id_names(model: nn.Module, embedding: AdaptiveCompressedEmbedding) -> list[str]:
+    """The batch's keys for ids of `embedding`: those of a decoder are the labels, shifted."""
+    names = {}
+    if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
+        for part, name in ((model.get_encoder(), model.main_input_name), (model.get_decoder(), "labels")):
+            table = part.get_input_embeddings()
+            names[name] = getattr(table, "embedding", table)
+    return [name for name, table in names.items() if table is embedding] or [
+        getattr(model, "main_input_name", "input_ids")
+    ]

@@ -121,27 +121,3 @@ class TokenCoder(nn.Module):
         """Mark the constants as such again after transformers loaded them as trainable parameters."""
         for constant in (self.source, self.token_counts, self.selector.cost):
             constant.requires_grad_(False)
-
-
-def checked_source(embedding: nn.Module) -> Tensor:
-    """The table of a plain `nn.Embedding`, (V, d).
-
-    Raises:
-        ValueError: For a subclass, which may compute something else in `forward`, for `sparse` or `max_norm`, and for
-            NaN or Inf in the table.
-    """
-    if type(embedding) is not nn.Embedding:
-        raise ValueError(
-            f"cannot compress {type(embedding).__name__}: only nn.Embedding itself is understood, because a "
-            "subclass may compute something else in forward"
-        )
-    if embedding.sparse or embedding.max_norm is not None:
-        raise ValueError(
-            f"cannot compress an nn.Embedding with sparse={embedding.sparse} and max_norm={embedding.max_norm}: "
-            "set sparse=False and max_norm=None first"
-        )
-    weight = embedding.weight.detach()
-    if not weight.is_meta and not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
-        raise ValueError(f"the source table holds NaN or Inf, first in the row of token {bad}: repair it first")
-    return weight

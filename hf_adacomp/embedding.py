@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from . import packing
 from .budget import code_bits
-from .codebook import BITS_PER_BLOCK, BinaryCodebook
-from .coder import TokenCoder, checked_source
+from .codebook import BinaryCodebook
+from .coder import TokenCoder
 from .config import AUTO, AdaCompConfig
 from .length_choice import choose_code_lengths
 from .packed_codes import PackedCodes
 from .regularization import add_gradients, orthogonality, relative_error, sample_tokens
+from .source import checked_scale, checked_source, dense_embedding
 from .token_counts import checked_counts
 from .warm_start import warm_start
 
@@ -70,6 +71,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
             config = config.with_lengths(choose_code_lengths(source, counts, config))
         self.num_embeddings, self.embedding_dim = source.shape
         self.padding_idx, self.config = padding_idx, config
+        self.scale, self.dense_class = 1.0, nn.Embedding
         self.zero_padding = padding_idx is not None and (source.is_meta or not source[padding_idx].any())
         self.codebooks = nn.ModuleList(
             BinaryCodebook(
@@ -91,7 +93,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
     def from_embedding(
         cls, embedding: nn.Embedding, config: AdaCompConfig, token_counts: Tensor | None = None
     ) -> AdaptiveCompressedEmbedding:
-        """Compress a plain `nn.Embedding`; with `token_counts` (V,) the warm start runs at once.
+        """Compress a plain or scaled `nn.Embedding`; with `token_counts` (V,) the warm start runs at once.
 
         The source table is shared, not copied, until `pack` lets go of it. Raises as `checked_source` does.
         """
@@ -99,6 +101,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._build(source, config, embedding.padding_idx, token_counts)
+        module.scale, module.dense_class = checked_scale(embedding), type(embedding)
         module.train(embedding.training)
         if token_counts is not None:
             module.warm_start(token_counts)
@@ -113,7 +116,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         module = cls(
             layout["num_embeddings"], layout["embedding_dim"], config, layout["padding_idx"], device="meta", dtype=dtype
         )
-        module.zero_padding = layout["zero_padding"]
+        module.zero_padding, module.scale = layout["zero_padding"], layout["scale"]
         if layout["tokens_per_length"] is not None:
             packed = PackedCodes(module.num_embeddings, config.lengths, layout["tokens_per_length"], device="meta")
             module._become_packed(packed)
@@ -127,6 +130,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
             "padding_idx": self.padding_idx,
             "code_lengths": list(self.config.lengths),
             "zero_padding": self.zero_padding,
+            "scale": self.scale,
             "tokens_per_length": list(self.packed.tokens_per_length) if self.packed else None,
         }
 
@@ -162,7 +166,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
                 f"significance must hold {self.num_embeddings} positive numbers; got shape {tuple(significance.shape)} "
                 f"from {significance.min():g} to {significance.max():g}"
             )
-        self._ensure_warm()
+        self.ensure_warm()
         coder.weigh(significance.to(coder.source), self.code_bits())
 
     def step(self, fraction: float) -> None:
@@ -178,7 +182,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
             raise ValueError(f"fraction is the share of training that is done, between 0 and 1; got {fraction!r}")
         if self.coder is None:
             return
-        self._ensure_warm()
+        self.ensure_warm()
         self.coder.advance(fraction, self.code_bits())
         settings, source = self.config, self.coder.source
         loss = source.new_zeros(())
@@ -186,14 +190,14 @@ class AdaptiveCompressedEmbedding(nn.Module):
             loss = loss + settings.orthogonality_weight * orthogonality(self.books())
         if settings.reconstruction_weight:
             tokens = sample_tokens(self.coder.token_counts, settings.seed, int(self.coder.progress)).to(source.device)
-            loss = loss + settings.reconstruction_weight * relative_error(self._decode(tokens), source[tokens])
+            loss = loss + settings.reconstruction_weight * relative_error(self.decode(tokens), source[tokens])
         if loss.requires_grad:
             add_gradients(loss, self.codebooks.parameters())
 
     def freeze_lengths(self) -> None:
         """Freeze each token's most likely code length at the stated size. Afterwards only codes are learned."""
         coder = self._require_coder("freeze_lengths")
-        self._ensure_warm()
+        self.ensure_warm()
         coder.freeze(self.code_bits())
 
     @torch.no_grad()
@@ -202,19 +206,19 @@ class AdaptiveCompressedEmbedding(nn.Module):
         if self.coder is None:
             return
         self.freeze_lengths()
-        coder, books = self.coder, list(self.books())
-        members = [(coder.assignment == k).nonzero().squeeze(1) for k in range(len(books))]
-        packed = PackedCodes(
-            self.num_embeddings, self.config.lengths, [len(m) for m in members], device=coder.source.device
-        )
-        packed.lengths.copy_(packing.pack_lengths(coder.assignment, len(books)))
+        coder = self.coder
+        members = [(coder.assignment == k).nonzero().squeeze(1) for k in range(len(self.codebooks))]
         blocks = [
             packing.pack_bits(book.encode(coder.source[rows]))
-            for book, tokens in zip(books, members, strict=True)
+            for book, tokens in zip(self.books(), members, strict=True)
             for rows in tokens.split(book.block)
         ]
-        packed.codes.copy_(torch.cat(blocks))
-        self._become_packed(packed)
+        self._become_packed(PackedCodes.of(coder.assignment, self.config.lengths, torch.cat(blocks)))
+
+    def resize(self, kept: int, new_codes: Tensor) -> None:
+        """Keep the first tokens of a packed table and append some with these codes of the longest length, (N, L)."""
+        self.packed = self._packed_codes().resized(kept, new_codes)
+        self.num_embeddings = self.packed.num_tokens
 
     def _become_packed(self, packed: PackedCodes) -> None:
         for book in self.books():
@@ -227,51 +231,96 @@ class AdaptiveCompressedEmbedding(nn.Module):
         """Vectors of the ids, int32 or int64 of any shape -> (..., d)."""
         if input.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
+        if torch.compiler.is_compiling():  # shapes must not depend on values
+            ids = input.to(torch.int64).flatten()
+            vectors = self._without_padding(ids, self._decode_all_lengths(ids)) * self.scale
+            return vectors.view(*input.shape, self.embedding_dim)
         if input.device.type == "cpu" and input.numel() and not 0 <= input.min() <= input.max() < self.num_embeddings:
             raise IndexError(
                 f"token id out of range: ids run from {int(input.min())} to {int(input.max())}, the table has "
                 f"{self.num_embeddings} rows"
             )
-        self._ensure_warm()
+        self.ensure_warm()
         tokens, place = torch.unique(input.to(torch.int64), return_inverse=True)
-        # Bits computed in half precision could differ from those that are packed.
+        # Code vectors summed in half precision could differ from what is packed.
         with torch.autocast(input.device.type, enabled=False):
-            if self.training and self.coder is not None and self.coder.phase == "select":
-                vectors = self._mixture(tokens, self.coder)
-            else:
-                vectors = self._decode(tokens)
-        if self.zero_padding:
-            vectors = vectors.masked_fill((tokens == self.padding_idx)[:, None], 0)
+            vectors = self._mixture(tokens) if self.mixes else self.decode(tokens)
+            vectors = self._without_padding(tokens, vectors) * self.scale
         return F.embedding(place, vectors)
 
-    def _mixture(self, tokens: Tensor, coder: TokenCoder) -> Tensor:
+    def _without_padding(self, tokens: Tensor, vectors: Tensor) -> Tensor:
+        if not self.zero_padding:
+            return vectors
+        return vectors.masked_fill(tokens.eq(self.padding_idx or 0)[:, None], 0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether vectors are mixtures over code lengths: while lengths are learned, in training mode."""
+        return self.training and self.coder is not None and self.coder.phase == "select"
+
+    def shares(self, tokens: Tensor) -> Tensor:
+        """A Gumbel-softmax sample over the code lengths for each of distinct tokens, (N,) -> (N, n)."""
+        coder = self._require_coder("shares")
+        sample: Tensor = coder.selector(tokens, coder.temperature)
+        return sample
+
+    def _mixture(self, tokens: Tensor) -> Tensor:
         """Gumbel-softmax mixture over all code lengths of distinct tokens, (N,) -> (N, d)."""
-        x = coder.source[tokens]
-        shares = coder.selector(tokens, coder.temperature)
-        decoded = torch.stack([book.decode(book.encode(x)) for book in self.books()], dim=1)
-        mixture: Tensor = (shares[:, :, None] * decoded).sum(dim=1)
+        decoded = torch.stack([book.decode(self.bits(k, tokens)) for k, book in enumerate(self.books())], dim=1)
+        mixture: Tensor = (self.shares(tokens)[:, :, None] * decoded).sum(dim=1)
         return mixture
 
-    def _decode(self, tokens: Tensor) -> Tensor:
-        """Vectors of distinct tokens from their hard lengths and bits, (N,) -> (N, d)."""
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Vectors of tokens from their hard lengths and bits, before any scale, (N,) -> (N, d)."""
         lengths, places = self._locate(tokens)
-        bias = next(self.books()).bias
+        bias = self.book(0).bias
         vectors = torch.zeros(len(tokens), self.embedding_dim, dtype=bias.dtype, device=bias.device)
         for k, book in enumerate(self.books()):
             rows = (lengths == k).nonzero().squeeze(1)
             if len(rows):
-                vectors = vectors.index_copy(0, rows, book.decode(self._bits(k, places[rows])))
+                vectors = vectors.index_copy(0, rows, book.decode(self.bits(k, places[rows])))
         return vectors
+
+    def _decode_all_lengths(self, tokens: Tensor) -> Tensor:
+        """As `decode`, with shapes that do not depend on values: every token is looked up in every packed group."""
+        packed = self._packed_codes()
+        lengths, places = packed.locate(tokens)
+        bias = self.book(0).bias
+        vectors = torch.zeros(len(tokens), self.embedding_dim, dtype=bias.dtype, device=bias.device)
+        for k, book in enumerate(self.books()):
+            if packed.tokens_per_length[k]:
+                own = (lengths == k)[:, None]
+                bits = self.bits(k, places.where(own[:, 0], 0))
+                vectors = book.decode(bits).where(own, vectors)
+        return vectors
+
+    def groups(self) -> tuple[list[Tensor], Tensor]:
+        """For each code length the places (see `bits`) of its tokens, and where in their row each token comes, (V,)."""
+        if self.coder is None:
+            packed = self._packed_codes()
+            device = packed.codes.device
+            starts = torch.tensor([0, *packed.tokens_per_length[:-1]], device=device).cumsum(0)
+            lengths, places = packed.locate(torch.arange(self.num_embeddings, device=device))
+            members = [torch.arange(tokens, device=device) for tokens in packed.tokens_per_length]
+            return members, starts[lengths.to(torch.int64)] + places
+        members = [(self.coder.assignment == k).nonzero().squeeze(1) for k in range(len(self.codebooks))]
+        return members, torch.cat(members).argsort()
 
     def _locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         if self.coder is not None:
             return self.coder.assignment[tokens], tokens
         return self._packed_codes().locate(tokens)
 
-    def _bits(self, k: int, places: Tensor) -> Tensor:
+    def bits(self, k: int, places: Tensor) -> Tensor:
+        """Bits of codes of the k-th length, (N,) -> 0/1 (N, L_k).
+
+        Places are token ids until packed, then places inside of group k.
+        """
         book = self.book(k)
         if self.coder is not None:
-            return book.encode(self.coder.source[places])
+            # Bits computed in half precision could differ from those that are packed.
+            with torch.autocast(places.device.type, enabled=False):
+                return book.encode(self.coder.source[places])
         return self._packed_codes().bits(k, places).to(book.bias.dtype)
 
     def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:
@@ -309,7 +358,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
 
     def code_lengths(self) -> Tensor:
         """Bits of each token's code, (V,) int64, as they would be packed now."""
-        self._ensure_warm()
+        self.ensure_warm()
         if self.coder is not None:
             assignment = self.coder.hard_assignment(self.code_bits())[0]
         else:
@@ -323,18 +372,18 @@ class AdaptiveCompressedEmbedding(nn.Module):
             raise IndexError(f"token id {token_id} is out of range for a table of {self.num_embeddings} rows")
         k = self.config.lengths.index(int(self.code_lengths()[token_id]))
         _, place = self._locate(torch.tensor([token_id], device=self.book(0).bias.device))
-        return tuple(self._bits(k, place)[0].nonzero().squeeze(1).tolist())
+        return tuple(self.bits(k, place)[0].nonzero().squeeze(1).tolist())
 
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding:
-        """A plain `nn.Embedding` with the decoded table."""
+        """A dense embedding of the class that this one replaced, with the decoded table."""
         was_training = self.training
         self.eval()
-        ids = torch.arange(self.num_embeddings, device=self.book(0).bias.device)
-        weight = torch.cat([self(block) for block in ids.split(1 + BITS_PER_BLOCK // self.embedding_dim)])
+        self.ensure_warm()
+        blocks = torch.arange(self.num_embeddings, device=self.book(0).bias.device).split(self.book(0).block)
+        weight = torch.cat([self._without_padding(block, self.decode(block)) for block in blocks])
         self.train(was_training)
-        embedding = nn.Embedding(len(weight), self.embedding_dim, self.padding_idx, _weight=weight)
-        return embedding.train(was_training)
+        return dense_embedding(weight, self.padding_idx, self.scale, self.dense_class).train(was_training)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -374,7 +423,8 @@ class AdaptiveCompressedEmbedding(nn.Module):
             raise ValueError(f"{verb} is not possible on a packed embedding: lengths and bits are fixed")
         return self.coder
 
-    def _ensure_warm(self) -> None:
+    def ensure_warm(self) -> None:
+        """Fit the code-books without token counts if nobody did it with them."""
         if self.coder is not None and not self.coder.warm:
             logger.warning(
                 "AdaptiveCompressedEmbedding is used before its warm start: fitting without token counts. Pass "

@@ -21,6 +21,7 @@ class PackedCodes(nn.Module):
 
     lengths: Tensor
     codes: Tensor
+    ranks: Tensor
 
     def __init__(
         self,
@@ -42,7 +43,29 @@ class PackedCodes(nn.Module):
         self._group_bytes = packing.group_bytes(tokens_per_length, code_lengths)
         for name, size in (("lengths", packing.packed_bytes(self._length_bits)), ("codes", sum(self._group_bytes))):
             self.register_buffer(name, torch.zeros(size, dtype=torch.uint8, device=device))
-        self._ranks: Tensor | None = None
+        ranks = torch.zeros(-(-num_tokens // packing.BLOCK), len(code_lengths), dtype=torch.int32, device=device)
+        self.register_buffer("ranks", ranks, persistent=False)
+
+    @classmethod
+    def of(cls, assignment: Tensor, code_lengths: Sequence[int], codes: Tensor) -> PackedCodes:
+        """Codes of tokens whose length indices are known, (V,), from the bytes of all groups."""
+        tokens = torch.bincount(assignment.to(torch.int64), minlength=len(code_lengths)).tolist()
+        packed = cls(len(assignment), code_lengths, tokens, device=codes.device)
+        packed.lengths.copy_(packing.pack_lengths(assignment, len(code_lengths)))
+        packed.codes.copy_(codes)
+        packed.index()
+        return packed
+
+    def resized(self, num_tokens: int, new_codes: Tensor) -> PackedCodes:
+        """A copy for `num_tokens` tokens: the first of these, then new ones with codes (N, L) of the longest length."""
+        assignment = self.assignment()[:num_tokens]
+        longest = torch.full((len(new_codes),), len(self.code_lengths) - 1, dtype=torch.uint8, device=assignment.device)
+        groups = []
+        for k in range(len(self.code_lengths)):
+            kept = torch.arange(int((assignment == k).sum()), device=assignment.device)  # token order inside a group
+            bits = self.bits(k, kept)
+            groups.append(packing.pack_bits(bits if k < len(self.code_lengths) - 1 else torch.cat([bits, new_codes])))
+        return PackedCodes.of(torch.cat([assignment, longest]), self.code_lengths, torch.cat(groups))
 
     def assignment(self) -> Tensor:
         """Length index of every token, uint8 (V,)."""
@@ -51,9 +74,13 @@ class PackedCodes(nn.Module):
 
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Length index, uint8 (N,), and place inside its group, int64 (N,), of each of `tokens`."""
-        if self._ranks is None or self._ranks.device != self.lengths.device:
-            self._ranks = packing.block_ranks(self.assignment(), len(self.code_lengths))
-        return packing.locate(self.lengths, self._ranks, tokens)
+        return packing.locate(self.lengths, self.ranks, tokens)
+
+    def index(self) -> None:
+        """Derive the ranks from the lengths; due whenever those change."""
+        # `validate` names an index that is out of range.
+        assignment = self.assignment().clamp_max(len(self.code_lengths) - 1)
+        self.ranks = packing.block_ranks(assignment, len(self.code_lengths))
 
     def bits(self, k: int, places: Tensor) -> Tensor:
         """Bits of the codes at `places` of group k: int64 (N,) -> uint8 0/1 (N, L_k)."""
@@ -75,6 +102,7 @@ class PackedCodes(nn.Module):
                     f"{tuple(tensor.shape)}"
                 )
         packing.check_padding(self.lengths, self._length_bits, f"{name}.lengths")
+        self.index()  # transformers fills what a file does not hold with uninitialised memory
         found = torch.bincount(self.assignment().to(torch.int64), minlength=len(self.code_lengths)).tolist()
         if tuple(found) != self.tokens_per_length:
             raise ValueError(
@@ -86,7 +114,8 @@ class PackedCodes(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._ranks = None
+        if not self.lengths.is_meta:
+            self.index()
 
     def extra_repr(self) -> str:
         return f"{self.num_tokens}, code_lengths={self.code_lengths}, tokens_per_length={self.tokens_per_length}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -18,7 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from .config import QUANT_METHOD, AdaCompConfig
 from .embedding import AdaptiveCompressedEmbedding
-from .surgery import compressed_embeddings, install, matching_table, replace_module
+from .surgery import compressed_embeddings, compressed_heads, install, matching_table, put
+from .vocabulary import resize_token_embeddings
 
 
 class AdaCompHfQuantizer(HfQuantizer):
@@ -43,31 +46,52 @@ class AdaCompHfQuantizer(HfQuantizer):
                 "unknown; save the model again with model.save_pretrained"
             )
         for stored_name, layout in self.quantization_config.tables.items():
-            name, table = matching_table(model, stored_name)
+            table = matching_table(model, stored_name)
             shape = (layout["num_embeddings"], layout["embedding_dim"])
-            if (table.num_embeddings, table.embedding_dim) != shape:
+            if tuple(table.owner.weight.shape) != shape:
                 raise ValueError(
-                    f"{name}: the config describes a model with a table of {table.num_embeddings} x "
-                    f"{table.embedding_dim}, its quantization_config a compressed one of {shape[0]} x {shape[1]}"
+                    f"{table.name}: the config describes a model with a table of {table.owner.num_embeddings} x "
+                    f"{table.owner.embedding_dim}, its quantization_config a compressed one of {shape[0]} x {shape[1]}"
                 )
-            new = AdaptiveCompressedEmbedding.from_layout(layout, self.quantization_config, table.weight.dtype)
-            replace_module(model, table, new)
+            head = model.get_output_embeddings()
+            if layout["tied_head"] and not table.heads and isinstance(head, nn.Linear) and head.weight.shape == shape:
+                raise ValueError(
+                    f"{table.name}: the output head was saved tied to the compressed table, but {type(model).__name__} "
+                    "does not tie it: set tie_word_embeddings to true in the model's config"
+                )
+            new = AdaptiveCompressedEmbedding.from_layout(layout, self.quantization_config, table.owner.weight.dtype)
+            new.dense_class = type(table.owner)
+            put(model, table, new, self.quantization_config.head)
+            new.__dict__["weight"] = _initialized()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             install(model, self.quantization_config)
+            _redirect_resizing(model)
             return model
         for name, embedding in compressed_embeddings(model).items():
+            del embedding.__dict__["weight"]
             _refuse_damaged(name, embedding)
             embedding.restore_constants()
+        _redirect_resizing(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained` before it writes anything: refuse half-trained tables, note the layouts."""
         embeddings = compressed_embeddings(model)
+        heads = compressed_heads(model)
+        if heads and not getattr(model.config, "tie_word_embeddings", False):
+            raise ValueError(
+                f"config.tie_word_embeddings is False, but the output head {next(iter(heads))!r} is tied to the "
+                "compressed table: set it to True, or compress with AdaCompConfig(head='dense')"
+            )
         for name, embedding in embeddings.items():
             _refuse_unfinished(name, embedding)
-        self.quantization_config.tables = {name: embedding.layout() for name, embedding in embeddings.items()}
+        tied = [head.embedding for head in heads.values()]
+        self.quantization_config.tables = {
+            name: {**embedding.layout(), "tied_head": any(embedding is owner for owner in tied)}
+            for name, embedding in embeddings.items()
+        }
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -86,9 +110,19 @@ class AdaCompHfQuantizer(HfQuantizer):
         return True
 
 
+def _initialized() -> torch.Tensor:
+    """What T5 and its kin find as `model.shared.weight` when they initialise what a file lacks: nothing to be done."""
+    weight = torch.empty(0)
+    setattr(weight, "_is_hf_initialized", True)  # noqa: B010  # transformers' mark, which tensors do not declare
+    return weight
+
+
 def _refuse_damaged(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
     # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
+    stored = embedding.state_dict().keys()
     for key, tensor in chain(embedding.named_parameters(), embedding.named_buffers()):
+        if key not in stored:
+            continue
         if not getattr(tensor, "_is_hf_initialized", False):
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -116,12 +150,19 @@ def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:
     """Make `save_pretrained` and `Trainer` treat `model` as one that `from_pretrained` had compressed."""
     model.config.quantization_config = quantizer.quantization_config
     setattr(model, "hf_quantizer", quantizer)  # noqa: B010  # transformers declares no such attribute
+    _redirect_resizing(model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: the model saves as a plain one."""
     quantizer: Any = model.__dict__["hf_quantizer"]
     quantizer.remove_quantization_config(model)
+    del model.__dict__["resize_token_embeddings"]
+
+
+def _redirect_resizing(model: PreTrainedModel) -> None:
+    # A partial object is copied and pickled along with the model that it holds.
+    model.__dict__["resize_token_embeddings"] = partial(resize_token_embeddings, model)
 
 
 def register() -> None:

@@ -9,14 +9,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from . import packing
-from .surgery import require_compressed
+from .surgery import require_compressed, untied_heads
 
 
 @dataclass(frozen=True)
 class SizeReport:
     """Stored bytes of the compressed tables of a model, by part; `print` shows a table.
 
-    `dense_bytes` is the float32 table that they replace. All other figures are what a file holds.
+    `dense_bytes` is the float32 table that they replace. All other figures are what a file holds. `head_bytes` is what
+    output heads take that shared the table before and now keep weights of their own (`head="dense"`).
     """
 
     num_tokens: int
@@ -25,11 +26,12 @@ class SizeReport:
     lengths_bytes: int
     codebook_bytes: int
     tokens_per_length: dict[int, int]
+    head_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Codes, lengths and code-books."""
-        return self.codes_bytes + self.lengths_bytes + self.codebook_bytes
+        """Codes, lengths, code-books and untied heads."""
+        return self.codes_bytes + self.lengths_bytes + self.codebook_bytes + self.head_bytes
 
     @property
     def ratio(self) -> float:
@@ -47,6 +49,7 @@ class SizeReport:
             ("codes", self.codes_bytes),
             ("code lengths", self.lengths_bytes),
             ("code-books", self.codebook_bytes),
+            *([("untied output head", self.head_bytes)] if self.head_bytes else []),
             ("total", self.total_bytes),
         ]
         lines = [f"{name:<22}{size:>14,} bytes" for name, size in rows]
@@ -94,6 +97,7 @@ def size_report(model: nn.Module) -> SizeReport:
         tokens_per_length={
             length: sum(part.tokens_per_length.get(length, 0) for part in parts) for length in lengths_found
         },
+        head_bytes=sum(head.weight.nbytes for head in untied_heads(model).values()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,10 @@ RIDGE = 1e-3
 
 
 def count_tokens(
-    loader: DataLoader[Any], num_embeddings: int, input_name: str = "input_ids", max_rows: int | None = None
+    loader: DataLoader[Any],
+    num_embeddings: int,
+    input_names: Sequence[str] = ("input_ids",),
+    max_rows: int | None = None,
 ) -> Tensor:
     """Occurrences of each token id in the dataset of a data loader, (V,) int64.
 
@@ -31,7 +35,7 @@ def count_tokens(
     Args:
         loader: The training data loader.
         num_embeddings: V.
-        input_name: The batch's key for token ids.
+        input_names: The batch's keys for token ids; negative ids, as labels have them for padding, do not count.
         max_rows: Read at most so many rows of an iterable dataset, which may have no end.
     """
     dataset = loader.dataset
@@ -42,16 +46,27 @@ def count_tokens(
     counts = torch.zeros(num_embeddings, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
         for batch in tqdm(islice(batches, limit), desc="Counting tokens", total=limit):
-            if input_name not in batch:
-                raise ValueError(
-                    f"cannot count the training data: its batches have no {input_name!r} but {sorted(batch)}; pass "
-                    "token_counts to compress(model, config, token_counts=...)"
-                )
-            ids = batch[input_name]
-            mask = batch.get("attention_mask")
-            ids = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids.flatten()
-            counts += torch.bincount(ids.to("cpu", torch.int64), minlength=num_embeddings)
+            for name in input_names:
+                found = columns(batch, name)
+                if not found:
+                    raise ValueError(
+                        f"cannot count the training data: its batches have no {name!r} but {sorted(batch)}; pass "
+                        "token_counts to compress(model, config, token_counts=...)"
+                    )
+                for column in found:
+                    ids, mask = batch[column + name], batch.get(f"{column}attention_mask")
+                    shown = mask is not None and mask.shape == ids.shape and name != "labels"
+                    ids = ids[mask.bool()] if shown else ids.flatten()
+                    counts += torch.bincount(ids[ids >= 0].to("cpu", torch.int64), minlength=num_embeddings)
     return counts
+
+
+def columns(batch: Mapping[str, Any], name: str) -> list[str]:
+    """Prefixes under which a batch holds the key `name`: one, empty, or those of the columns of sentence-transformers.
+
+    Its batches hold `anchor_input_ids`, `positive_input_ids` and the like.
+    """
+    return [""] if name in batch else [key.removesuffix(name) for key in batch if key.endswith(f"_{name}")]
 
 
 def checked_counts(token_counts: Tensor, num_embeddings: int) -> Tensor:

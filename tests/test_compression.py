@@ -2,14 +2,11 @@ import copy
 
 import pytest
 import torch
-from conftest import LENGTHS, VOCABULARY, tiny_bert_config
+from conftest import LENGTHS, VOCABULARY
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    BertForMaskedLM,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     ViTConfig,
     ViTModel,
 )
@@ -62,20 +59,6 @@ def test_refuses_a_second_time(bert, config):
     compress(bert, config)
     with pytest.raises(ValueError, match="compressed already"):
         compress(bert, config)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        BertForMaskedLM(tiny_bert_config()),
-        GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2)),
-    ],
-)
-def test_refuses_tied_tables_by_name(model, config):
-    before = state(model)
-    with pytest.raises(ValueError, match=r"ties its token embeddings .* to '.*(decoder|lm_head)"):
-        compress(model, config)
-    assert unchanged(model, before)
 
 
 def test_refuses_a_model_without_token_embeddings(config):
