@@ -25,8 +25,9 @@ from .surgery import compressed_heads
 from .token_counts import columns, expected_counts, token_weights
 
 MEASURED_ROWS = 2048
+MEASURED_TOKENS = 1 << 16
 BATCH_SIZE = 32
-"""Rows of the training data that gradients are measured on, and rows at once."""
+"""Rows of the training data that gradients are measured on, tokens after which that ends, and rows at once."""
 
 MANY_CLASSES = 1024
 """Outputs of more classes are judged by the loss: random directions among them would say little at great cost."""
@@ -77,6 +78,7 @@ def _task_metric(
     source = embedding.source_table()
     metric = torch.zeros(source.shape[1], source.shape[1], device=source.device)
     vectors: list[tuple[Tensor, Tensor]] = []
+    measured = 0
 
     def add_states(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal metric
@@ -109,7 +111,10 @@ def _task_metric(
                     shown = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
                     g = gradient.detach()[shown.bool()].to(torch.float32)
                     metric += g.T @ g
+                    measured += len(g)
                 vectors.clear()
+                if measured >= MEASURED_TOKENS:
+                    break
     finally:
         for handle in handles:
             handle.remove()

@@ -43,6 +43,9 @@ def compressed(name, counts, **changes):
 @pytest.mark.parametrize("name", MODELS)
 def test_loads_bit_identically_and_leaves_again(name, head, counts, tmp_path):
     dense = MODELS[name]()
+    tied = dense.get_output_embeddings() is not None and name in TIED
+    if name == "marian-split":  # older releases leave its head alone
+        tied = dense.get_output_embeddings().weight is dense.model.decoder.embed_tokens.weight
     shapes, ties = {k: v.shape for k, v in dense.state_dict().items()}, dict(dense.all_tied_weights_keys)
     model = compressed(name, counts, head=head)
     batch = inputs(model)
@@ -50,7 +53,7 @@ def test_loads_bit_identically_and_leaves_again(name, head, counts, tmp_path):
     assert torch.equal(logits(pack(model), batch), expected)  # eval mode is the truth
     if name not in ("marian-split", "bart-classifier"):
         assert len(compressed_embeddings(model)) == 1
-    assert len(compressed_heads(model)) == (name in TIED and head == "compress")
+    assert len(compressed_heads(model)) == (tied and head == "compress")
     model.save_pretrained(tmp_path)
     tables = [n for n, t in load_file(tmp_path / "model.safetensors").items() if t.ndim == 2 and len(t) == VOCABULARY]
     assert len(tables) == (
