@@ -1,0 +1,77 @@
+import pytest
+import torch
+from conftest import LENGTHS, VOCABULARY
+from test_quantizer import LargestTensor
+from torch import nn
+
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+from hf_adacomp.places import CompressedHead, SharedEmbedding
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
+
+@pytest.fixture
+def table(counts) -> AdaptiveCompressedEmbedding:
+    config = AdaCompConfig(LENGTHS, target_ratio=20)
+    return AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32, padding_idx=0), config, counts)
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    return torch.randn(2, 3, 32, requires_grad=True)
+
+
+@pytest.mark.parametrize("phase", ["select", "encode", "packed"])
+def test_logits_are_those_of_the_decoded_table(table, hidden, phase):
+    if phase == "encode":
+        table.step(0.9)
+    if phase == "packed":
+        table.pack()
+    table.eval()
+    bias = nn.Parameter(torch.randn(VOCABULARY))
+    expected = hidden @ table.to_embedding().weight.T
+    assert torch.allclose(CompressedHead(table)(hidden), expected, atol=1e-5)
+    assert torch.allclose(CompressedHead(table, bias)(hidden), expected + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 1000])
+def test_gradients_are_those_of_the_dense_product(table, hidden, blocks, monkeypatch):
+    monkeypatch.setattr("hf_adacomp.places.BITS_PER_BLOCK", VOCABULARY * LENGTHS[-1] // blocks)
+    table.step(0.9)
+    table.train()
+    outputs = (CompressedHead(table)(hidden), hidden @ table(torch.arange(VOCABULARY)).T)
+    weights = torch.randn_like(outputs[0])
+    parameters = [hidden, *(p for p in table.codebooks.parameters() if p.requires_grad)]
+    ours, dense = (
+        torch.autograd.grad((logits * weights).sum(), parameters, allow_unused=True, materialize_grads=True)
+        for logits in outputs
+    )
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours, dense, strict=True))
+
+
+def test_mixture_is_that_of_the_embedding(table, hidden, monkeypatch):
+    """With the same Gumbel noise, the logits are products with the mixed vectors."""
+    table.train()
+    shares = torch.randn(VOCABULARY, len(LENGTHS)).softmax(dim=1)
+    monkeypatch.setattr(table, "shares", lambda tokens: shares[tokens])
+    expected = hidden @ table(torch.arange(VOCABULARY)).T
+    assert torch.allclose(CompressedHead(table)(hidden), expected, atol=1e-5)
+
+
+def test_no_dense_table_is_ever_made(table, monkeypatch):
+    table.pack()
+    monkeypatch.setattr("hf_adacomp.places.BITS_PER_BLOCK", 64 * LENGTHS[-1])
+    with torch.no_grad(), LargestTensor() as seen:
+        CompressedHead(table)(torch.randn(1, 32))
+    assert 0 < seen.most < VOCABULARY * 32 / 4
+
+
+def test_places_do_not_own_the_table(table):
+    shared, head = SharedEmbedding(table), CompressedHead(table, nn.Parameter(torch.zeros(VOCABULARY)))
+    assert [*shared.state_dict()] == []
+    assert [*head.state_dict()] == ["bias"]
+    assert (shared.num_embeddings, shared.embedding_dim, shared.padding_idx) == (VOCABULARY, 32, 0)
+    assert (head.in_features, head.out_features) == (32, VOCABULARY)
+    ids = torch.tensor([3, 1])
+    table.eval()
+    assert torch.equal(shared(ids), table(ids))
