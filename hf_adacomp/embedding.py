@@ -296,15 +296,14 @@ class AdaptiveCompressedEmbedding(nn.Module):
 
     def groups(self) -> tuple[list[Tensor], Tensor]:
         """For each code length the places (see `bits`) of its tokens, and where in their row each token comes, (V,)."""
-        if self.coder is None:
-            packed = self._packed_codes()
-            device = packed.codes.device
-            starts = torch.tensor([0, *packed.tokens_per_length[:-1]], device=device).cumsum(0)
-            lengths, places = packed.locate(torch.arange(self.num_embeddings, device=device))
-            members = [torch.arange(tokens, device=device) for tokens in packed.tokens_per_length]
-            return members, starts[lengths.to(torch.int64)] + places
-        members = [(self.coder.assignment == k).nonzero().squeeze(1) for k in range(len(self.codebooks))]
-        return members, torch.cat(members).argsort()
+        assignment = self._packed_codes().assignment() if self.coder is None else self.coder.assignment
+        order = assignment.argsort(stable=True)
+        column = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        if self.coder is None:  # the numbers of tokens are known, so that shapes do not depend on values
+            members = [torch.arange(tokens, device=order.device) for tokens in self._packed_codes().tokens_per_length]
+        else:
+            members = [*order.split(assignment.bincount(minlength=len(self.codebooks)).tolist())]
+        return members, column
 
     def _locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         if self.coder is not None:
