@@ -27,6 +27,11 @@ WORDS = [f"word{i}" for i in range(200)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
+def command_line(options: dict[str, object]) -> list[str]:
+    """The words that give an example script these options."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, command_line
 
 
 def test_information_about_the_label(example):
@@ -39,7 +39,7 @@ def test_significance_script(example, toy_model, write_tsv, tmp_path):
         "output_dir": tmp_path / "out",
         "report_to": "none",
     }
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words = command_line(given)
     figures = example("significance").main(
         [*words, "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
     )

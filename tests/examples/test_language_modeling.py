@@ -3,7 +3,7 @@ import math
 import random
 
 import pytest
-from conftest import WORDS
+from conftest import WORDS, command_line
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -40,7 +40,7 @@ def options(tmp_path):
 
 
 def test_every_table_is_trained_reloaded_and_measured(example, options, tmp_path, capsys):
-    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    arguments = command_line(options)
     figures = example("language_modeling").main(arguments)
     models = figures["models"]
     assert [*models] == ["dense", "int8", "int4", "head=compress", "head=dense"]

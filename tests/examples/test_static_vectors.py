@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, command_line
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_dense_then_compressed(example, vectors_file, write_tsv, tmp_path):
         "output_dir": tmp_path / "out",
         "report_to": "none",
     }
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words = command_line(given)
     figures = example("static_vectors").main(
         [*words, "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
     )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import command_line
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def arguments(toy_model: Path, tmp_path: Path, write_tsv) -> list[str]:
         "json_out": tmp_path / "figures.json",
         "report_to": "none",
     }
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words = command_line(given)
     return [*words, "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
 
 

@@ -4,6 +4,7 @@ import gzip
 import random
 
 import pytest
+from conftest import command_line
 
 CONLLU = """# text = Don't stop
 1-2\tDon't\t_\t_\t_\t_\t_\t_\t_\t_
@@ -61,7 +62,7 @@ def test_dense_then_compressed(example, toy_model, tmp_path):
         "output_dir": tmp_path / "out",
         "report_to": "none",
     }
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words = command_line(given)
     figures = example("token_classification").main([*words, "--code_lengths", "4", "16", "--use_cpu"])
     assert figures["labels"] == ["NOUN", "VERB"]
     assert figures["dense"]["test_accuracy"] > 0.9
