@@ -44,7 +44,8 @@ class AdaCompConfig(QuantizationConfigMixin):
             logit by about `selection_gain * lr`, which lets one learning rate serve the model and the selector.
         significance: Whether training starts with a look at which tokens the model's outputs react to most, on a
             sample of the training data; if not, or without a Trainer, lengths start from token counts alone.
-        head: For models whose output head is tied to the table: `"compress"` or `"dense"`.
+        head: For models whose output head is tied to the table: `"compress"` computes logits from the same codes,
+            `"dense"` leaves the head its own copy of the table, which is saved and counted.
         seed: Seed of the warm start and of the tokens that the regularisers sample.
         format_version: Version of the file format; for files.
         tables: Layout of the compressed tables by module name; filled by `compress` and `pack`, read when loading.
