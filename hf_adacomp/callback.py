@@ -12,7 +12,7 @@ from .embedding import AdaptiveCompressedEmbedding
 from .report import size_report
 from .significance import token_significance
 from .surgery import compressed_embeddings, require_compressed
-from .token_counts import count_tokens
+from .token_counts import count_tokens, input_name
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +98,7 @@ def _id_names(model: nn.Module, embedding: AdaptiveCompressedEmbedding) -> list[
     """The batch's keys for ids of `embedding`: those of a decoder are the labels, shifted."""
     names = {}
     if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
-        for part, name in ((model.get_encoder(), model.main_input_name), (model.get_decoder(), "labels")):
+        for part, name in ((model.get_encoder(), input_name(model)), (model.get_decoder(), "labels")):
             table = part.get_input_embeddings()
             names[name] = getattr(table, "embedding", table)
-    return [name for name, table in names.items() if table is embedding] or [
-        getattr(model, "main_input_name", "input_ids")
-    ]
+    return [name for name, table in names.items() if table is embedding] or [input_name(model)]

@@ -206,14 +206,12 @@ class AdaptiveCompressedEmbedding(nn.Module):
         if self.coder is None:
             return
         self.freeze_lengths()
-        coder = self.coder
-        members = [(coder.assignment == k).nonzero().squeeze(1) for k in range(len(self.codebooks))]
         blocks = [
-            packing.pack_bits(book.encode(coder.source[rows]))
-            for book, tokens in zip(self.books(), members, strict=True)
-            for rows in tokens.split(book.block)
+            packing.pack_bits(self.bits(k, rows))
+            for k, tokens in enumerate(self.groups()[0])
+            for rows in tokens.split(self.book(k).block)
         ]
-        self._become_packed(PackedCodes.of(coder.assignment, self.config.lengths, torch.cat(blocks)))
+        self._become_packed(PackedCodes.of(self.coder.assignment, self.config.lengths, torch.cat(blocks)))
 
     def resize(self, kept: int, new_codes: Tensor) -> None:
         """Keep the first tokens of a packed table and append some with these codes of the longest length, (N, L)."""

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .config import QUANT_METHOD, AdaCompConfig
 from .embedding import AdaptiveCompressedEmbedding
-from .surgery import compressed_embeddings, compressed_heads, install, matching_table, put
+from .surgery import compressed_embeddings, compressed_heads, config_ties, install, matching_table, put
 from .vocabulary import resize_token_embeddings
 
 
@@ -80,7 +80,7 @@ class AdaCompHfQuantizer(HfQuantizer):
         """Called by `save_pretrained` before it writes anything: refuse half-trained tables, note the layouts."""
         embeddings = compressed_embeddings(model)
         heads = compressed_heads(model)
-        if heads and not getattr(model.config, "tie_word_embeddings", False):
+        if heads and not config_ties(model):
             raise ValueError(
                 f"config.tie_word_embeddings is False, but the output head {next(iter(heads))!r} is tied to the "
                 "compressed table: set it to True, or compress with AdaCompConfig(head='dense')"

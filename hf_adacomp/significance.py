@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .embedding import AdaptiveCompressedEmbedding
 from .surgery import compressed_heads
-from .token_counts import columns, expected_counts, token_weights
+from .token_counts import columns, expected_counts, input_name, token_weights
 
 MEASURED_ROWS = 2048
 MEASURED_TOKENS = 1 << 16
@@ -99,7 +99,7 @@ def _task_metric(
     try:
         with torch.random.fork_rng(), torch.enable_grad():  # training shall draw the same numbers without us
             torch.manual_seed(embedding.config.seed)
-            name = getattr(model, "main_input_name", "input_ids")
+            name = input_name(model)
             for row in tqdm(_rows(loader, name), desc="Measuring significance", disable=not show_progress):
                 batch = {k: v.to(source.device) if isinstance(v, Tensor) else v for k, v in row.items()}
                 mask = batch.get("attention_mask")

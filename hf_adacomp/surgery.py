@@ -61,9 +61,14 @@ def compressed_heads(model: nn.Module) -> dict[str, CompressedHead]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedHead)}
 
 
+def config_ties(model: PreTrainedModel) -> bool:
+    """Whether the model's config asks for an output head that is tied to the table."""
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
 def untied_heads(model: nn.Module) -> dict[str, nn.Linear]:
     """Output heads that were tied to a table which has been compressed, and now keep weights of their own."""
-    if not isinstance(model, PreTrainedModel) or not _config_ties(model):
+    if not isinstance(model, PreTrainedModel) or not config_ties(model):
         return {}
     shapes = {(table.num_embeddings, table.embedding_dim) for table in compressed_embeddings(model).values()}
     head = model.get_output_embeddings()
@@ -170,9 +175,9 @@ def token_tables(
         owners.sort(key=lambda owner: owner is not _input_embeddings(model))
     tables: list[TokenTable] = []
     for owner in owners:
-        if owner not in names or any(owner is table.owner for table in tables):
+        if owner not in names or _matches(names[owner], exclude):
             continue
-        if _matches(names[owner], exclude) or any(f"{names[owner]}.weight" in table.weights for table in tables):
+        if any(f"{names[owner]}.weight" in table.weights for table in tables):
             continue
         tables.append(token_table(model, names[owner], owner))
     if not tables:
@@ -265,10 +270,6 @@ def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
     except (NotImplementedError, AttributeError):
         return None
     return module
-
-
-def _config_ties(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

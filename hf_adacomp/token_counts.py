@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
@@ -59,6 +59,11 @@ def count_tokens(
                     ids = ids[mask.bool()] if shown else ids.flatten()
                     counts += torch.bincount(ids[ids >= 0].to("cpu", torch.int64), minlength=num_embeddings)
     return counts
+
+
+def input_name(model: nn.Module) -> str:
+    """The batch's key for what `model` reads first: the token ids, unless the model says otherwise."""
+    return getattr(model, "main_input_name", "input_ids")
 
 
 def columns(batch: Mapping[str, Any], name: str) -> list[str]:

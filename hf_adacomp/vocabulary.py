@@ -44,7 +44,8 @@ def keep_tokens(model: Model, num_tokens: int) -> Model:
         )
     if embedding.padding_idx is not None and num_tokens <= embedding.padding_idx:
         raise ValueError(f"cannot drop the padding token {embedding.padding_idx}: keep more than {num_tokens} tokens")
-    _resize(model, embedding, num_tokens, _mean_codes(embedding, 0))
+    *_, book = embedding.books()
+    _resize(model, embedding, num_tokens, torch.zeros(0, book.length, dtype=torch.uint8, device=book.bias.device))
     return model
 
 
