@@ -33,6 +33,44 @@ class BinaryStep(torch.autograd.Function):
         return 0.5 * grad[0] * (z.abs() < 1).to(z.dtype)
 
 
+SWEEPS = 4
+BLOCKS = 8
+"""How often each bit is decided, and in how many blocks of bits: each block sees what the others decided."""
+
+
+def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinate descent on `|x - c - C^T b|^2` over the bits b, in blocks.
+
+    A bit pays if what it explains on its own, its drive, exceeds what the other bits explain of that already:
+
+        b_i <- H(drive_i - sum_j overlap_ij b_j)        drive = C (x - c) - |C_i|^2 / 2,  overlap = C C^T, diagonal 0
+
+    Args:
+        drive: (..., L).
+        overlap: (L, L), symmetric, zero on the diagonal.
+        start: Bits to start from, (..., L) in [0, 1]; an undecided bit counts half.
+
+    Returns:
+        The bits, and for each bit what was compared with its drive when it was last decided, both (..., L).
+    """
+    bits, explained = start.clone(), torch.empty_like(drive)
+    width = -(-drive.shape[-1] // BLOCKS)
+    for _ in range(SWEEPS):
+        for first in range(0, drive.shape[-1], width):
+            block = slice(first, first + width)
+            explained[..., block] = bits @ overlap[:, block]
+            bits[..., block] = (drive[..., block] > explained[..., block]).to(bits.dtype)
+    return bits, explained
+
+
+def nearest_bits(x: Tensor, vectors: Tensor, bias: Tensor, start: Tensor | None = None) -> Tensor:
+    """Bits of codes near the vectors x, (N, d) -> (N, L), given code vectors (L, d) and a bias (d,)."""
+    overlap = vectors @ vectors.T
+    drive = (x - bias) @ vectors.T - overlap.diagonal() / 2
+    start = torch.full_like(drive, 0.5) if start is None else start
+    return decide_bits(drive, overlap.fill_diagonal_(0), start)[0]
+
+
 CLIP = {4: 2.45}
 """Largest entry kept, in root mean squares of its row: at 4 bits the least error for normal entries (Max 1960)."""
 
@@ -60,11 +98,12 @@ def codebook_bytes(length: int, dim: int, storage: str, dtype: torch.dtype) -> i
 class BinaryCodebook(nn.Module):
     """A code-book of `length` code vectors of width `dim`, with the encoder that chooses among them.
 
-        encode   b = H(F x + f)        b in {0, 1}^L
-        decode   xhat = C^T b + c      the sum of the active code vectors (rows of C) and the bias c
+        encode   b = H(F x + f - S b)      b in {0, 1}^L, S = s C C^T off the diagonal: `decide_bits`
+        decode   xhat = C^T b + c          the sum of the active code vectors (rows of C) and the bias c
 
-    With `tied`, `F = encoder_scale * C`. Decoding always sees code vectors as they will be stored (rounded to
-    `storage`), with gradients passed straight through the rounding.
+    With `tied`, `F = s C` and `f = encoder_bias - s (C c + |C_i|^2 / 2)`: encoding descends the squared error, up to
+    the learned bias. Both ways see code vectors as they will be stored (rounded to `storage`), with gradients passed
+    straight through the rounding and through the step H, where what the other bits explain is a constant.
 
     Args:
         length: Number of code vectors, i.e. bits of a code.
@@ -91,16 +130,24 @@ class BinaryCodebook(nn.Module):
         self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5)
         self.bias = nn.Parameter(torch.zeros(dim, **options))
         self.encoder_bias = nn.Parameter(torch.zeros(length, **options))
-        if tied:
-            self.encoder_scale = nn.Parameter(torch.ones(1, **options), requires_grad=False)
-        else:
+        self.encoder_scale = nn.Parameter(torch.ones(1, **options), requires_grad=False)
+        if not tied:
             self.encoder_weight = nn.Parameter(torch.randn(length, dim, **options) / dim**0.5)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Bits of the vectors x, (..., d) -> (..., L) in {0, 1} of x's dtype."""
-        projection = self.encoder_scale * self.weight if self.tied else self.encoder_weight
-        bits: Tensor = BinaryStep.apply(F.linear(x, projection, self.encoder_bias))  # type: ignore[no-untyped-call]
-        return bits
+        """Bits of the vectors x, (..., d) -> (..., L) in {0, 1} of x's dtype, computed in float32 at least."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        vectors, scale = self.code_vectors().to(dtype), self.encoder_scale.to(dtype)
+        if self.tied:
+            threshold = vectors @ self.stored_bias().to(dtype) + vectors.square().sum(1) / 2
+            drive = scale * (F.linear(x.to(dtype), vectors) - threshold) + self.encoder_bias.to(dtype)
+        else:
+            drive = F.linear(x.to(dtype), self.encoder_weight.to(dtype), self.encoder_bias.to(dtype))
+        with torch.no_grad():
+            overlap = (scale * vectors @ vectors.T).fill_diagonal_(0)
+            _, explained = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
+        bits: Tensor = BinaryStep.apply(drive - explained)  # type: ignore[no-untyped-call]
+        return bits.to(x.dtype)
 
     def decode(self, bits: Tensor) -> Tensor:
         """Vectors of the bits, (..., L) -> (..., d)."""
@@ -118,13 +165,17 @@ class BinaryCodebook(nn.Module):
 
     def code_vectors(self) -> Tensor:
         """The (L, d) code vectors as stored; gradients reach `weight` (or `scale` once packed as integers)."""
-        if self.integer_bits is None:
-            return _rounded(self.weight, FLOAT_DTYPES[self.storage])
-        if self.packed:
+        if self.packed and self.integer_bits:
             integers = self.weight if self.integer_bits == 8 else packing.unpack_nibbles(self.weight, self.dim)
             return integers.to(self.scale.dtype) * self.scale
-        integers, scale = quantize_rows(self.weight.detach(), self.integer_bits)
-        return self.weight + (integers.to(scale.dtype) * scale - self.weight).detach()
+        return self.weight + (self.round(self.weight.detach()) - self.weight).detach()
+
+    def round(self, vectors: Tensor) -> Tensor:
+        """Code vectors (L, d) as storing rounds them."""
+        if self.integer_bits is None:
+            return vectors.to(FLOAT_DTYPES[self.storage]).to(vectors.dtype)
+        integers, scale = quantize_rows(vectors, self.integer_bits)
+        return integers.to(scale.dtype) * scale
 
     def stored_bias(self) -> Tensor:
         """The (d,) bias as stored. With integer code vectors it keeps the dtype of the model."""
@@ -138,10 +189,8 @@ class BinaryCodebook(nn.Module):
 
     def pack(self) -> None:
         """Drop the encoder; with integer storage replace the float code vectors by integers with trainable scales."""
-        del self.encoder_bias
-        if self.tied:
-            del self.encoder_scale
-        else:
+        del self.encoder_bias, self.encoder_scale
+        if not self.tied:
             del self.encoder_weight
         if self.integer_bits:
             integers, scale = quantize_rows(self.weight.detach(), self.integer_bits)
@@ -152,7 +201,7 @@ class BinaryCodebook(nn.Module):
 
     def restore_constants(self) -> None:
         """Mark the constants as such again after transformers loaded them as trainable parameters."""
-        if self.tied and not self.packed:
+        if not self.packed:
             self.encoder_scale.requires_grad_(False)
 
     def stored_bytes(self) -> int:

@@ -73,7 +73,7 @@ def choose_code_lengths(source: Tensor, token_counts: Tensor, config: AdaCompCon
 
 def _ladders(dim: int) -> list[tuple[int, ...]]:
     """Candidate ladders, cheapest code-books last."""
-    longest = [length for length in LONGEST if length <= 2 * dim] or [min(LONGEST)]
+    longest = [length for length in LONGEST if length <= 4 * dim] or [min(LONGEST)]
     ladders = {_ladder(first, last, books) for first, last, books in product(SHORTEST, longest, BOOKS)}
     return sorted(ladders, key=sum, reverse=True)
 

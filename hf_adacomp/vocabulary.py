@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .codebook import BinaryCodebook
+from .codebook import BinaryCodebook, nearest_bits
 from .embedding import AdaptiveCompressedEmbedding
 from .surgery import compressed_heads, require_compressed, untied_heads
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-SWEEPS = 20
-"""Passes over the bits of a new code; it settles after a few."""
 
 
 def add_tokens(model: Model, num_tokens: int) -> Model:
@@ -125,13 +122,8 @@ def _mean_codes(embedding: AdaptiveCompressedEmbedding, num_tokens: int) -> Tens
 
 
 def nearest_codes(book: BinaryCodebook, target: Tensor, num_codes: int, seed: int) -> Tensor:
-    """Codes whose vectors are close to `target` (d,), each from a random start by coordinate descent, (N, L) uint8."""
-    vectors = book.code_vectors().float()
-    gram, wanted = vectors @ vectors.T, vectors @ (target - book.stored_bias().float())
+    """Codes whose vectors are close to `target` (d,), each from a random start, (N, L) uint8."""
     generator = torch.Generator().manual_seed(seed)
-    bits = torch.randint(0, 2, (num_codes, book.length), generator=generator).to(vectors)
-    for _ in range(SWEEPS):
-        for i in range(book.length):  # |C^T b + c - x|^2 is least for b_i = 1 if what is missing without it says so
-            missing = wanted[i] - bits @ gram[i] + bits[:, i] * gram[i, i]
-            bits[:, i] = (missing > gram[i, i] / 2).to(bits.dtype)
-    return bits.to(torch.uint8)
+    vectors, bias = book.code_vectors().float(), book.stored_bias().float()
+    start = torch.randint(0, 2, (num_codes, book.length), generator=generator).to(vectors)
+    return nearest_bits(target.expand(num_codes, -1), vectors, bias, start).to(torch.uint8)

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .budget import assign_lengths
-from .codebook import BinaryCodebook
+from .codebook import BinaryCodebook, nearest_bits
 from .rate_distortion import binary_code_distortion, principal_axes
 from .token_counts import expected_counts, token_weights
 
-FIT_STEPS = 1200
-FIT_BATCH = 512
-FIT_LEARNING_RATE = 0.01
-ROUNDS = 1
+FIT_ROWS = 1 << 15
+FIT_ROUNDS = 8
+STAGE = 64
+"""Rows that a code-book is fitted to, rounds of encoding and least squares, and bits that start out at once."""
 
 
 def warm_start(
@@ -31,8 +30,8 @@ def warm_start(
     """Fit the code-books in place and return the weighted distortion of each token under each of them.
 
     Lengths and code-books need each other: a book is fitted to the tokens assigned to it, and tokens are assigned
-    by what the books lose on them. The first assignment takes what the table's spectrum predicts in place of the
-    books; then the two alternate.
+    by what the books lose on them. The assignment that the books are fitted to takes what the table's spectrum
+    predicts of them.
 
     Args:
         codebooks: One a code length, increasing.
@@ -52,72 +51,62 @@ def warm_start(
     mean, _, variances = principal_axes(x, weights)
     bound = torch.stack([binary_code_distortion(variances, book.length) for book in codebooks])
     cost = (weights * (x - mean).square().sum(1))[:, None] * (bound / variances.sum().clamp_min(1e-30))
-    with tqdm(total=ROUNDS * len(codebooks), desc="Fitting code-books", disable=not show_progress) as progress:
-        for _ in range(ROUNDS):
-            assignment, _ = assign_lengths(-cost, lengths, code_bits)
-            for k, book in enumerate(codebooks):
-                members = (assignment == k).nonzero().squeeze(1)
-                if len(members) < 2 * book.length:  # too few to carry the book alone: let the whole table help
-                    members = torch.arange(len(x), device=x.device)
-                fit_codebook(book, x[members], weights[members], generator)
-                reconstruction = book.reconstruct(source).to(torch.float32)
-                cost[:, k] = weights * (x - reconstruction).square().sum(1)
-                progress.update()
+    assignment, _ = assign_lengths(-cost, lengths, code_bits)
+    for k, book in enumerate(tqdm(codebooks, desc="Fitting code-books", disable=not show_progress)):
+        members = (assignment == k).nonzero().squeeze(1)
+        if len(members) < 2 * book.length:  # too few to carry the book alone: let the whole table help
+            members = torch.arange(len(x), device=x.device)
+        fit_codebook(book, x[members], weights[members], generator)
+        reconstruction = book.reconstruct(source).to(torch.float32)
+        cost[:, k] = weights * (x - reconstruction).square().sum(1)
     return cost
 
 
+@torch.no_grad()
 def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: torch.Generator) -> None:
-    """Fit one code-book to the vectors x (N, d) under `weights` (N,): rotated principal axes, least squares, Adam.
+    """Fit one code-book to the vectors x (N, d) under `weights` (N,): encoding and least squares in turn.
 
-    The projections on randomly rotated principal axes carry equal variance, so that their signs are good first
-    bits (Gong and Lazebnik 2011); code vectors and bias follow in closed form; a few hundred weighted
-    reconstruction steps then train encoder and decoder together.
+    Given bits, the code vectors and the bias follow in closed form; given those, the encoder descends over the bits.
     """
-    mean, axes, variances = principal_axes(x, weights)
+    if len(x) > FIT_ROWS:
+        rows = torch.multinomial(weights.cpu(), FIT_ROWS, replacement=True, generator=generator).to(x.device)
+        x, weights = x[rows], torch.ones_like(weights[rows])
+    mean, _, variances = principal_axes(x, weights)
     unit = variances.mean().sqrt().clamp_min(1e-12)  # fit in units of the table's own scale
     x = (x - mean) / unit
-    rank = min(book.length, x.shape[1])
-    rotation = torch.linalg.qr(torch.randn(book.length, rank, generator=generator))[0].to(x.device)
-    projection = rotation @ axes[:, :rank].T
-    projection = projection / (x @ projection.T).std(0, correction=0).clamp_min(1e-6)[:, None]
-    vectors, bias = _least_squares((x @ projection.T > 0).to(x.dtype), x, weights)
+    vectors, bias = _least_squares(_first_bits(x, weights, book.length, generator), x, weights)
+    for _ in range(FIT_ROUNDS):
+        vectors, bias = _least_squares(nearest_bits(x, vectors, bias), x, weights)
+    rounded = book.round(vectors)
+    bias = weights @ (x - nearest_bits(x, rounded, bias) @ rounded) / weights.sum()
+    # Drives of about unit size: gradients pass the step where a bit is near its threshold.
+    scale = 1 / (x @ vectors.T).std().clamp_min(1e-6)
+    # Back to the table's units: x_table = unit * x + mean.
+    book.weight.copy_(vectors * unit)
+    book.bias.copy_(bias * unit + mean)
+    book.encoder_scale.copy_(scale / unit**2)
+    book.encoder_bias.zero_()
+    if not book.tied:
+        book.encoder_weight.copy_(scale * vectors / unit)
+        book.encoder_bias.copy_(-scale * (vectors @ (bias + mean / unit) + vectors.square().sum(1) / 2))
 
-    with torch.random.fork_rng(devices=[]):  # initial values are overwritten: training shall not notice them
-        fitted = BinaryCodebook(
-            book.length, book.dim, tied=book.tied, storage=book.storage, device=x.device, dtype=torch.float32
-        )
-    with torch.no_grad():
-        fitted.weight.copy_(vectors)
-        fitted.bias.copy_(bias)
-        if book.tied:
-            # A bit pays when |x - c - C_i|^2 < |x - c|^2 on its own, i.e. C_i (x - c) > |C_i|^2 / 2.
-            deviation = (x @ vectors.T).std().clamp_min(1e-6)
-            fitted.encoder_scale.copy_(1 / deviation)
-            fitted.encoder_bias.copy_(-(vectors @ bias + vectors.square().sum(1) / 2) / deviation)
-        else:
-            fitted.encoder_weight.copy_(projection)
-    trainable = [p for p in fitted.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=FIT_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=FIT_STEPS)
-    for _ in range(FIT_STEPS):
-        batch = x[torch.multinomial(weights.cpu(), FIT_BATCH, replacement=True, generator=generator).to(x.device)]
-        with torch.enable_grad():  # the caller may be in no_grad, as `pack` is
-            loss = F.mse_loss(fitted.decode(fitted.encode(batch)), batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        vectors, bias = _least_squares(fitted.encode(x), x, weights) if not book.tied else (fitted.weight, fitted.bias)
-        # Back to the table's units: x_table = unit * x + mean.
-        book.weight.copy_(vectors * unit)
-        book.bias.copy_(bias * unit + mean)
-        if book.tied:
-            book.encoder_scale.copy_(fitted.encoder_scale / unit**2)
-            book.encoder_bias.copy_(fitted.encoder_bias - fitted.encoder_scale * (vectors @ mean) / unit)
-        else:
-            book.encoder_weight.copy_(fitted.encoder_weight / unit)
-            book.encoder_bias.copy_(fitted.encoder_bias - fitted.encoder_weight @ mean / unit)
+
+def _first_bits(x: Tensor, weights: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Bits to start from, (N, L): in stages, signs of what is left, along its randomly rotated principal axes.
+
+    Rotated axes carry equal variance, so that all bits of a stage tell alike (Gong and Lazebnik 2011); later stages
+    refine the directions that earlier ones left the largest errors in.
+    """
+    left, stages = x, []
+    for start in range(0, length, STAGE):
+        bits = min(STAGE, length - start)
+        mean, axes, _ = principal_axes(left, weights)
+        rank = min(bits, x.shape[1])
+        rotation = torch.linalg.qr(torch.randn(bits, rank, generator=generator))[0].to(x.device)
+        stages.append(((left - mean) @ (axes[:, :rank] @ rotation.T) > 0).to(x.dtype))
+        vectors, bias = _least_squares(stages[-1], left, weights)
+        left = left - stages[-1] @ vectors - bias
+    return torch.cat(stages, dim=1)
 
 
 def _least_squares(bits: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

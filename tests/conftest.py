@@ -40,7 +40,7 @@ def _seed():
 @pytest.fixture
 def quick_fit(monkeypatch):
     """A warm start of a few steps: for tests that are not about its quality."""
-    monkeypatch.setattr("hf_adacomp.warm_start.FIT_STEPS", 10)
+    monkeypatch.setattr("hf_adacomp.warm_start.FIT_ROUNDS", 1)
 
 
 @pytest.fixture
