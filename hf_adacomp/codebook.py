@@ -136,6 +136,10 @@ class BinaryCodebook(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Bits of the vectors x, (..., d) -> (..., L) in {0, 1} of x's dtype, computed in float32 at least."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._encode(x)
+
+    def _encode(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         vectors, scale = self.code_vectors().to(dtype), self.encoder_scale.to(dtype)
         if self.tied:
@@ -150,8 +154,9 @@ class BinaryCodebook(nn.Module):
         return bits.to(x.dtype)
 
     def decode(self, bits: Tensor) -> Tensor:
-        """Vectors of the bits, (..., L) -> (..., d)."""
-        return F.linear(bits, self.code_vectors().T) + self.stored_bias()
+        """Vectors of the bits, (..., L) -> (..., d). Under autocast, too, as they would be without it."""
+        with torch.autocast(bits.device.type, enabled=False):
+            return F.linear(bits, self.code_vectors().T) + self.stored_bias()
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """`decode(encode(x))` without gradients, in blocks of bounded memory."""

@@ -231,7 +231,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
         if torch.compiler.is_compiling():  # shapes must not depend on values
             ids = input.to(torch.int64).flatten()
-            vectors = self._without_padding(ids, self._decode_all_lengths(ids)) * self.scale
+            vectors = self._without_padding(ids, self.vectors(ids)) * self.scale
             return vectors.view(*input.shape, self.embedding_dim)
         if input.device.type == "cpu" and input.numel() and not 0 <= input.min() <= input.max() < self.num_embeddings:
             raise IndexError(
@@ -240,10 +240,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
             )
         self.ensure_warm()
         tokens, place = torch.unique(input.to(torch.int64), return_inverse=True)
-        # Code vectors summed in half precision could differ from what is packed.
-        with torch.autocast(input.device.type, enabled=False):
-            vectors = self._mixture(tokens) if self.mixes else self.decode(tokens)
-            vectors = self._without_padding(tokens, vectors) * self.scale
+        vectors = self._without_padding(tokens, self.vectors(tokens)) * self.scale
         return F.embedding(place, vectors)
 
     def _without_padding(self, tokens: Tensor, vectors: Tensor) -> Tensor:
@@ -251,21 +248,22 @@ class AdaptiveCompressedEmbedding(nn.Module):
             return vectors
         return vectors.masked_fill(tokens.eq(self.padding_idx or 0)[:, None], 0)
 
+    def vectors(self, tokens: Tensor) -> Tensor:
+        """Vectors of distinct tokens before any scale, (N,) -> (N, d): mixtures or decoded, whatever is due."""
+        if torch.compiler.is_compiling():  # shapes must not depend on values
+            return self._decode_all_lengths(tokens)
+        return self._mixture(tokens) if self.mixes else self.decode(tokens)
+
     @property
     def mixes(self) -> bool:
         """Whether vectors are mixtures over code lengths: while lengths are learned, in training mode."""
         return self.training and self.coder is not None and self.coder.phase == "select"
 
-    def shares(self, tokens: Tensor) -> Tensor:
-        """A Gumbel-softmax sample over the code lengths for each of distinct tokens, (N,) -> (N, n)."""
-        coder = self._require_coder("shares")
-        sample: Tensor = coder.selector(tokens, coder.temperature)
-        return sample
-
     def _mixture(self, tokens: Tensor) -> Tensor:
         """Gumbel-softmax mixture over all code lengths of distinct tokens, (N,) -> (N, d)."""
         decoded = torch.stack([book.decode(self.bits(k, tokens)) for k, book in enumerate(self.books())], dim=1)
-        mixture: Tensor = (self.shares(tokens)[:, :, None] * decoded).sum(dim=1)
+        coder = self._require_coder("a mixture of lengths")
+        mixture: Tensor = (coder.selector(tokens, coder.temperature)[:, :, None] * decoded).sum(dim=1)
         return mixture
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -315,9 +313,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         """
         book = self.book(k)
         if self.coder is not None:
-            # Bits computed in half precision could differ from those that are packed.
-            with torch.autocast(places.device.type, enabled=False):
-                return book.encode(self.coder.source[places])
+            return book.encode(self.coder.source[places])
         return self._packed_codes().bits(k, places).to(book.bias.dtype)
 
     def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:

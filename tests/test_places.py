@@ -16,9 +16,9 @@ def table(counts) -> AdaptiveCompressedEmbedding:
     return AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32, padding_idx=0), config, counts)
 
 
-@pytest.fixture
-def hidden() -> torch.Tensor:
-    return torch.randn(2, 3, 32, requires_grad=True)
+@pytest.fixture(params=[3, 20], ids=["few_positions", "many_positions"])
+def hidden(request) -> torch.Tensor:
+    return torch.randn(2, request.param, 32, requires_grad=True)
 
 
 @pytest.mark.parametrize("phase", ["select", "encode", "packed"])
@@ -34,8 +34,9 @@ def test_logits_are_those_of_the_decoded_table(table, hidden, phase):
     assert torch.allclose(CompressedHead(table, bias)(hidden), expected + bias, atol=1e-5)
 
 
-@pytest.mark.parametrize("blocks", [1, 1000])
-def test_gradients_are_those_of_the_dense_product(table, hidden, blocks, monkeypatch):
+@pytest.mark.parametrize(("blocks", "kept_bits"), [(1, 1 << 26), (1000, 1 << 26), (1000, 0)])
+def test_gradients_are_those_of_the_dense_product(table, hidden, blocks, kept_bits, monkeypatch):
+    monkeypatch.setattr("hf_adacomp.places.KEPT_BITS", kept_bits)
     monkeypatch.setattr("hf_adacomp.places.BITS_PER_BLOCK", VOCABULARY * LENGTHS[-1] // blocks)
     table.step(0.9)
     table.train()
@@ -53,7 +54,7 @@ def test_mixture_is_that_of_the_embedding(table, hidden, monkeypatch):
     """With the same Gumbel noise, the logits are products with the mixed vectors."""
     table.train()
     shares = torch.randn(VOCABULARY, len(LENGTHS)).softmax(dim=1)
-    monkeypatch.setattr(table, "shares", lambda tokens: shares[tokens])
+    monkeypatch.setattr(table.coder.selector, "forward", lambda tokens, temperature: shares[tokens])
     expected = hidden @ table(torch.arange(VOCABULARY)).T
     assert torch.allclose(CompressedHead(table)(hidden), expected, atol=1e-5)
 
@@ -61,9 +62,10 @@ def test_mixture_is_that_of_the_embedding(table, hidden, monkeypatch):
 def test_no_dense_table_is_ever_made(table, monkeypatch):
     table.pack()
     monkeypatch.setattr("hf_adacomp.places.BITS_PER_BLOCK", 64 * LENGTHS[-1])
-    with torch.no_grad(), LargestTensor() as seen:
-        CompressedHead(table)(torch.randn(1, 32))
-    assert 0 < seen.most < VOCABULARY * 32 / 4
+    for positions, width in ((1, None), (64, 32)):  # logits of many positions are larger than a table
+        with torch.no_grad(), LargestTensor(width) as seen:
+            CompressedHead(table)(torch.randn(positions, 32))
+        assert 0 < seen.most < VOCABULARY * 32 / 4
 
 
 def test_places_do_not_own_the_table(table):

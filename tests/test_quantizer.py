@@ -117,14 +117,21 @@ def test_loads_without_a_task_head_and_with_another(packed_bert, ids, tmp_path):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements of a float tensor that any operation made outside of the meta device."""
+    """Remembers the most elements of a float tensor that any operation made outside of the meta device.
 
-    most = 0
+    With `width`, only of tensors whose last dimension is that.
+    """
+
+    def __init__(self, width=None):
+        super().__init__()
+        self.width, self.most = width, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.is_floating_point():
+                if self.width is not None and tensor.shape[-1:] != (self.width,):
+                    continue
                 self.most = max(self.most, tensor.numel())
         return result
 
