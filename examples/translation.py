@@ -11,7 +11,6 @@ line-aligned plain text (gzip or not), then compares what `variants.py` makes of
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 from comparison import ShortTrainingArguments, parse

@@ -153,10 +153,10 @@ class BinaryCodebook(nn.Module):
         bits: Tensor = BinaryStep.apply(drive - explained)  # type: ignore[no-untyped-call]
         return bits.to(x.dtype)
 
-    def decode(self, bits: Tensor) -> Tensor:
-        """Vectors of the bits, (..., L) -> (..., d). Under autocast, too, as they would be without it."""
+    def decode(self, bits: Tensor, out: Tensor | None = None) -> Tensor:
+        """Vectors of the bits, (N, L) -> (N, d), also into `out`. Under autocast, too, as they would be without it."""
         with torch.autocast(bits.device.type, enabled=False):
-            return F.linear(bits, self.code_vectors().T) + self.stored_bias()
+            return torch.addmm(self.stored_bias(), bits, self.code_vectors(), out=out)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """`decode(encode(x))` without gradients, in blocks of bounded memory."""
@@ -171,8 +171,9 @@ class BinaryCodebook(nn.Module):
     def code_vectors(self) -> Tensor:
         """The (L, d) code vectors as stored; gradients reach `weight` (or `scale` once packed as integers)."""
         if self.packed and self.integer_bits:
-            integers = self.weight if self.integer_bits == 8 else packing.unpack_nibbles(self.weight, self.dim)
-            return integers.to(self.scale.dtype) * self.scale
+            if self.integer_bits == 8:
+                return self.weight.to(self.scale.dtype) * self.scale
+            return packing.unpack_nibbles(self.weight, self.dim, self.scale.dtype) * self.scale
         return self.weight + (self.round(self.weight.detach()) - self.weight).detach()
 
     def round(self, vectors: Tensor) -> Tensor:

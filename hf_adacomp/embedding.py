@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import packing
-from .budget import code_bits
 from .codebook import BinaryCodebook
+from .coded_table import CodedTable, distinct, inverse
 from .coder import TokenCoder
 from .config import AUTO, AdaCompConfig
 from .length_choice import choose_code_lengths
@@ -25,7 +24,7 @@ from .warm_start import warm_start
 logger = logging.getLogger(__name__)
 
 
-class AdaptiveCompressedEmbedding(nn.Module):
+class AdaptiveCompressedEmbedding(CodedTable):
     """Embeddings as sums of code vectors chosen by binary codes, each token with a code length of its own.
 
         select   lengths are learned: e_w = sum_k p_{w,k} xhat_{w,k}, p_w a Gumbel-softmax sample
@@ -148,7 +147,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
 
     def warm_start(self, token_counts: Tensor | None = None, show_progress: bool = True) -> None:
         """Fit code-books and selection to the source table, weighted by token counts (V,) if given."""
-        coder = self._require_coder("warm_start")
+        coder = self.require_coder("warm_start")
         if token_counts is not None:
             coder.set_counts(token_counts)
         bits, seed = self.code_bits(), self.config.seed
@@ -160,7 +159,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
 
         For the time between the warm start and training; `hf_adacomp.significance.token_significance` measures it.
         """
-        coder = self._require_coder("weigh")
+        coder = self.require_coder("weigh")
         if significance.shape != (self.num_embeddings,) or not (significance > 0).all():
             raise ValueError(
                 f"significance must hold {self.num_embeddings} positive numbers; got shape {tuple(significance.shape)} "
@@ -196,7 +195,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
 
     def freeze_lengths(self) -> None:
         """Freeze each token's most likely code length at the stated size. Afterwards only codes are learned."""
-        coder = self._require_coder("freeze_lengths")
+        coder = self.require_coder("freeze_lengths")
         self.ensure_warm()
         coder.freeze(self.code_bits())
 
@@ -206,16 +205,17 @@ class AdaptiveCompressedEmbedding(nn.Module):
         if self.coder is None:
             return
         self.freeze_lengths()
+        assignment = self.coder.assignment
         blocks = [
             packing.pack_bits(self.bits(k, rows))
-            for k, tokens in enumerate(self.groups()[0])
-            for rows in tokens.split(self.book(k).block)
+            for k, book in enumerate(self.books())
+            for rows in (assignment == k).nonzero().squeeze(1).split(book.block)
         ]
-        self._become_packed(PackedCodes.of(self.coder.assignment, self.config.lengths, torch.cat(blocks)))
+        self._become_packed(PackedCodes.of(assignment, self.config.lengths, torch.cat(blocks)))
 
     def resize(self, kept: int, new_codes: Tensor) -> None:
         """Keep the first tokens of a packed table and append some with these codes of the longest length, (N, L)."""
-        self.packed = self._packed_codes().resized(kept, new_codes)
+        self.packed = self.require_packed().resized(kept, new_codes)
         self.num_embeddings = self.packed.num_tokens
 
     def _become_packed(self, packed: PackedCodes) -> None:
@@ -231,90 +231,30 @@ class AdaptiveCompressedEmbedding(nn.Module):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
         if torch.compiler.is_compiling():  # shapes must not depend on values
             ids = input.to(torch.int64).flatten()
-            vectors = self._without_padding(ids, self.vectors(ids)) * self.scale
-            return vectors.view(*input.shape, self.embedding_dim)
+            return self._finish(ids, self.vectors(ids)).view(*input.shape, self.embedding_dim)
         if input.device.type == "cpu" and input.numel() and not 0 <= input.min() <= input.max() < self.num_embeddings:
             raise IndexError(
                 f"token id out of range: ids run from {int(input.min())} to {int(input.max())}, the table has "
                 f"{self.num_embeddings} rows"
             )
         self.ensure_warm()
-        tokens, place = torch.unique(input.to(torch.int64), return_inverse=True)
-        vectors = self._without_padding(tokens, self.vectors(tokens)) * self.scale
-        return F.embedding(place, vectors)
+        tokens, place = distinct(input.to(torch.int64), self.num_embeddings)
+        if self.mixes:
+            vectors = self.mixture(tokens)
+        else:
+            order, vectors = self.decode_by_length(tokens)
+            tokens, place = tokens[order], inverse(order)[place]
+        return F.embedding(place, self._finish(tokens, vectors))
+
+    def _finish(self, tokens: Tensor, vectors: Tensor) -> Tensor:
+        """What `forward` makes of decoded vectors: the padding's are zero, all are scaled."""
+        vectors = self._without_padding(tokens, vectors)
+        return vectors if self.scale == 1 else vectors * self.scale
 
     def _without_padding(self, tokens: Tensor, vectors: Tensor) -> Tensor:
         if not self.zero_padding:
             return vectors
         return vectors.masked_fill(tokens.eq(self.padding_idx or 0)[:, None], 0)
-
-    def vectors(self, tokens: Tensor) -> Tensor:
-        """Vectors of distinct tokens before any scale, (N,) -> (N, d): mixtures or decoded, whatever is due."""
-        if torch.compiler.is_compiling():  # shapes must not depend on values
-            return self._decode_all_lengths(tokens)
-        return self._mixture(tokens) if self.mixes else self.decode(tokens)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether vectors are mixtures over code lengths: while lengths are learned, in training mode."""
-        return self.training and self.coder is not None and self.coder.phase == "select"
-
-    def _mixture(self, tokens: Tensor) -> Tensor:
-        """Gumbel-softmax mixture over all code lengths of distinct tokens, (N,) -> (N, d)."""
-        decoded = torch.stack([book.decode(self.bits(k, tokens)) for k, book in enumerate(self.books())], dim=1)
-        coder = self._require_coder("a mixture of lengths")
-        mixture: Tensor = (coder.selector(tokens, coder.temperature)[:, :, None] * decoded).sum(dim=1)
-        return mixture
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Vectors of tokens from their hard lengths and bits, before any scale, (N,) -> (N, d)."""
-        lengths, places = self._locate(tokens)
-        bias = self.book(0).bias
-        vectors = torch.zeros(len(tokens), self.embedding_dim, dtype=bias.dtype, device=bias.device)
-        for k, book in enumerate(self.books()):
-            rows = (lengths == k).nonzero().squeeze(1)
-            if len(rows):
-                vectors = vectors.index_copy(0, rows, book.decode(self.bits(k, places[rows])))
-        return vectors
-
-    def _decode_all_lengths(self, tokens: Tensor) -> Tensor:
-        """As `decode`, with shapes that do not depend on values: every token is looked up in every packed group."""
-        packed = self._packed_codes()
-        lengths, places = packed.locate(tokens)
-        bias = self.book(0).bias
-        vectors = torch.zeros(len(tokens), self.embedding_dim, dtype=bias.dtype, device=bias.device)
-        for k, book in enumerate(self.books()):
-            if packed.tokens_per_length[k]:
-                own = (lengths == k)[:, None]
-                bits = self.bits(k, places.where(own[:, 0], 0))
-                vectors = book.decode(bits).where(own, vectors)
-        return vectors
-
-    def groups(self) -> tuple[list[Tensor], Tensor]:
-        """For each code length the places (see `bits`) of its tokens, and where in their row each token comes, (V,)."""
-        assignment = self._packed_codes().assignment() if self.coder is None else self.coder.assignment
-        order = assignment.argsort(stable=True)
-        column = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        if self.coder is None:  # the numbers of tokens are known, so that shapes do not depend on values
-            members = [torch.arange(tokens, device=order.device) for tokens in self._packed_codes().tokens_per_length]
-        else:
-            members = [*order.split(assignment.bincount(minlength=len(self.codebooks)).tolist())]
-        return members, column
-
-    def _locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        if self.coder is not None:
-            return self.coder.assignment[tokens], tokens
-        return self._packed_codes().locate(tokens)
-
-    def bits(self, k: int, places: Tensor) -> Tensor:
-        """Bits of codes of the k-th length, (N,) -> 0/1 (N, L_k).
-
-        Places are token ids until packed, then places inside of group k.
-        """
-        book = self.book(k)
-        if self.coder is not None:
-            return book.encode(self.coder.source[places])
-        return self._packed_codes().bits(k, places).to(book.bias.dtype)
 
     def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:
         """As in `nn.Module`; entering eval mode settles the hard lengths of the moment."""
@@ -325,29 +265,13 @@ class AdaptiveCompressedEmbedding(nn.Module):
 
     # Questions
 
-    def books(self) -> Iterator[BinaryCodebook]:
-        """The code-books, shortest first."""
-        return (self.book(k) for k in range(len(self.codebooks)))
-
-    def book(self, k: int) -> BinaryCodebook:
-        """The code-book of the k-th code length."""
-        return cast(BinaryCodebook, self.codebooks[k])
-
     def source_table(self) -> Tensor:
         """The table that is compressed, (V, d); only until it is packed."""
-        return self._require_coder("source_table").source.detach()
+        return self.require_coder("source_table").source.detach()
 
     def token_counts(self) -> Tensor:
         """Occurrences of each token in the training data, (V,); only until it is packed."""
-        return self._require_coder("token_counts").token_counts
-
-    def code_bits(self) -> int:
-        """Bits available for the codes of all tokens under `config.target_ratio`."""
-        codebook_bytes = sum(book.stored_bytes() for book in self.books())
-        settings = self.config
-        return code_bits(
-            self.num_embeddings, self.embedding_dim, settings.lengths, codebook_bytes, settings.target_ratio
-        )
+        return self.require_coder("token_counts").token_counts
 
     def code_lengths(self) -> Tensor:
         """Bits of each token's code, (V,) int64, as they would be packed now."""
@@ -355,7 +279,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         if self.coder is not None:
             assignment = self.coder.hard_assignment(self.code_bits())[0]
         else:
-            assignment = self._packed_codes().assignment()
+            assignment = self.require_packed().assignment()
         return torch.tensor(self.config.lengths, device=assignment.device)[assignment.to(torch.int64)]
 
     @torch.no_grad()
@@ -364,7 +288,7 @@ class AdaptiveCompressedEmbedding(nn.Module):
         if not 0 <= token_id < self.num_embeddings:
             raise IndexError(f"token id {token_id} is out of range for a table of {self.num_embeddings} rows")
         k = self.config.lengths.index(int(self.code_lengths()[token_id]))
-        _, place = self._locate(torch.tensor([token_id], device=self.book(0).bias.device))
+        _, place = self.locate(torch.tensor([token_id], device=self.book(0).bias.device))
         return tuple(self.bits(k, place)[0].nonzero().squeeze(1).tolist())
 
     @torch.no_grad()
@@ -405,16 +329,6 @@ class AdaptiveCompressedEmbedding(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Helpers
-
-    def _packed_codes(self) -> PackedCodes:
-        if self.packed is None:
-            raise ValueError("the embedding is not packed yet: call pack() first")
-        return self.packed
-
-    def _require_coder(self, verb: str) -> TokenCoder:
-        if self.coder is None:
-            raise ValueError(f"{verb} is not possible on a packed embedding: lengths and bits are fixed")
-        return self.coder
 
     def ensure_warm(self) -> None:
         """Fit the code-books without token counts if nobody did it with them."""

@@ -69,12 +69,11 @@ class PackedCodes(nn.Module):
 
     def assignment(self) -> Tensor:
         """Length index of every token, uint8 (V,)."""
-        tokens = torch.arange(self.num_tokens, device=self.lengths.device)
-        return packing.unpack_lengths(self.lengths, tokens, len(self.code_lengths))
+        return packing.unpack_assignment(self.lengths, self.num_tokens, len(self.code_lengths))
 
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Length index, uint8 (N,), and place inside its group, int64 (N,), of each of `tokens`."""
-        return packing.locate(self.lengths, self.ranks, tokens)
+        return packing.locate(self.lengths, self.ranks, tokens, self.num_tokens)
 
     def index(self) -> None:
         """Derive the ranks from the lengths; due whenever those change."""
@@ -83,10 +82,11 @@ class PackedCodes(nn.Module):
         self.ranks = packing.block_ranks(assignment, len(self.code_lengths))
 
     def bits(self, k: int, places: Tensor) -> Tensor:
-        """Bits of the codes at `places` of group k: int64 (N,) -> uint8 0/1 (N, L_k)."""
-        return packing.unpack_rows(self._group(k), places, self.code_lengths[k])
+        """Bits of the codes at `places` of group k: int64 (N,) -> float32 0/1 (N, L_k)."""
+        return packing.unpack_rows(self.group(k), places, self.code_lengths[k])
 
-    def _group(self, k: int) -> Tensor:
+    def group(self, k: int) -> Tensor:
+        """The bytes of the codes of the k-th length, uint8."""
         start = sum(self._group_bytes[:k])
         return self.codes[start : start + self._group_bytes[k]]
 
@@ -110,7 +110,7 @@ class PackedCodes(nn.Module):
                 f"{list(self.tokens_per_length)}; the file is damaged"
             )
         for k, length in enumerate(self.code_lengths):
-            packing.check_padding(self._group(k), self.tokens_per_length[k] * length, f"{name}.codes, group {k}")
+            packing.check_padding(self.group(k), self.tokens_per_length[k] * length, f"{name}.codes, group {k}")
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -15,7 +15,8 @@ significant one; unused bits of a last byte are zero.
               | token 3   | token 7   | ... | 0  | token 0     | ... | 0    |
                 L_0 bits    L_0 bits     padding   L_1 bits      padding
 
-    nibbles   code vectors stored as int4: two entries a byte, the first in the low half; entry e as e + 8
+    nibbles   code vectors stored as int4: entry e as e + 8; the first half of a vector in the low halves of its bytes,
+              the second half in the high ones
 
 A token's code is found without stored offsets: its group follows from its length, and its place in the group is the
 number of earlier tokens of that length, `block_ranks` for its block of tokens plus a count inside the block.
@@ -27,9 +28,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-BLOCK = 128
-"""Tokens that share one row of prefix counts."""
+BLOCK = 32
+"""Tokens that share one row of prefix counts; a multiple of 8, so that their length indices fill whole bytes."""
+
+BYTE_BITS = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.float32)
+"""The bits of every byte, (256, 8): looking them up is four times as fast as shifting them out."""
 
 
 def packed_bytes(bits: int) -> int:
@@ -59,27 +64,33 @@ def pack_bits(rows: Tensor) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, rows: Tensor, length: int) -> Tensor:
-    """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> uint8 0/1 (N, length)."""
-    place = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    if length % 8 == 0:  # codes are whole bytes
-        octets = packed[: len(packed) // (length // 8) * (length // 8)].view(-1, length // 8)[rows]
-        return ((octets[:, :, None] >> place) & 1).view(len(rows), length)
+    """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> float32 0/1 (N, length)."""
+    if length % 8 == 0:
+        octets = whole_bytes(packed, length).index_select(0, rows).to(torch.int32)
+        return F.embedding(octets, BYTE_BITS.to(packed.device)).view(len(rows), length)
     position = rows[:, None] * length + torch.arange(length, device=packed.device)
-    return (packed[position >> 3] >> (position & 7).to(torch.uint8)) & 1
+    return ((packed[position >> 3] >> (position & 7).to(torch.uint8)) & 1).to(torch.float32)
+
+
+def whole_bytes(packed: Tensor, length: int) -> Tensor:
+    """Codes of a multiple of 8 bits as rows of bytes: uint8 (B,) -> uint8 (codes, length / 8)."""
+    return packed[: len(packed) // (length // 8) * (length // 8)].view(-1, length // 8)
 
 
 def pack_nibbles(integers: Tensor) -> Tensor:
     """Pack integers in -7..7, two a byte: int8 (L, d) -> uint8 (L, ceil(d / 2))."""
-    nibbles = (integers + 8).to(torch.uint8)
-    if nibbles.shape[1] % 2:
-        nibbles = torch.cat([nibbles, torch.zeros_like(nibbles[:, :1])], dim=1)
-    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+    nibbles = F.pad((integers + 8).to(torch.uint8), (0, integers.shape[1] % 2))
+    low, high = nibbles.chunk(2, dim=1)
+    return low | (high << 4)
 
 
-def unpack_nibbles(packed: Tensor, dim: int) -> Tensor:
-    """Undo `pack_nibbles`: uint8 (L, ceil(d / 2)) -> int8 (L, d)."""
-    pairs = torch.stack([packed & 15, packed >> 4], dim=2)
-    return pairs.view(len(packed), -1)[:, :dim].to(torch.int8) - 8
+def unpack_nibbles(packed: Tensor, dim: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Undo `pack_nibbles`: uint8 (L, ceil(d / 2)) -> (L, d) of `dtype`."""
+    half = packed.shape[1]
+    integers = torch.empty(len(packed), 2 * half, dtype=dtype, device=packed.device)
+    integers[:, :half] = packed & 15
+    integers[:, half:] = packed >> 4
+    return integers.sub_(8)[:, :dim]
 
 
 def pack_lengths(assignment: Tensor, num_lengths: int) -> Tensor:
@@ -88,15 +99,29 @@ def pack_lengths(assignment: Tensor, num_lengths: int) -> Tensor:
     return pack_bits((assignment.to(torch.int64)[:, None] >> place) & 1)
 
 
-def unpack_lengths(lengths: Tensor, tokens: Tensor, num_lengths: int) -> Tensor:
-    """Length indices of `tokens`, int64 of any shape -> uint8 of that shape (meaningless beyond the last token)."""
+def unpack_lengths(rows: Tensor, num_lengths: int) -> Tensor:
+    """Length indices from rows of bytes that they fill: uint8 (N, B) -> uint8 (N, 8 B / ceil(log2 n))."""
     width = index_bits(num_lengths)
-    if width == 0:
-        return torch.zeros_like(tokens, dtype=torch.uint8)
-    place = torch.arange(width, device=lengths.device, dtype=torch.uint8)
-    position = tokens[..., None] * width + place
-    bit = (lengths[(position >> 3).clamp_max(len(lengths) - 1)] >> (position & 7).to(torch.uint8)) & 1
-    return (bit << place).sum(dim=-1, dtype=torch.uint8)
+    step = width if 8 % width == 0 else 1
+    place = torch.arange(0, 8, step, device=rows.device, dtype=torch.uint8)
+    pieces: Tensor = ((rows[:, :, None] >> place) & (2**step - 1)).flatten(1)
+    if step == width:
+        return pieces
+    pieces = pieces.unflatten(1, (-1, width)) << torch.arange(width, device=rows.device)
+    return pieces.sum(dim=2, dtype=torch.uint8)
+
+
+def _blocks(lengths: Tensor, num_tokens: int, num_lengths: int) -> Tensor:
+    """The bytes of `lengths`, one row a block of tokens; zeros fill up the last."""
+    size, blocks = BLOCK * index_bits(num_lengths) // 8, -(-num_tokens // BLOCK)
+    return F.pad(lengths, (0, blocks * size - len(lengths))).view(blocks, size)
+
+
+def unpack_assignment(lengths: Tensor, num_tokens: int, num_lengths: int) -> Tensor:
+    """Length index of every token: uint8 (B,) -> uint8 (V,)."""
+    if index_bits(num_lengths) == 0:
+        return torch.zeros(num_tokens, dtype=torch.uint8, device=lengths.device)
+    return unpack_lengths(_blocks(lengths, num_tokens, num_lengths), num_lengths).view(-1)[:num_tokens]
 
 
 def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:
@@ -109,15 +134,17 @@ def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:
     return (counts.cumsum(0) - counts).to(torch.int32)
 
 
-def locate(lengths: Tensor, ranks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def locate(lengths: Tensor, ranks: Tensor, tokens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Length index and place inside its group of each of `tokens`: int64 (N,) -> uint8 (N,), int64 (N,)."""
     num_lengths = ranks.shape[1]
-    block = tokens // BLOCK
-    inside = torch.arange(BLOCK, device=tokens.device)
-    neighbours = unpack_lengths(lengths, block[:, None] * BLOCK + inside, num_lengths)
-    own = unpack_lengths(lengths, tokens, num_lengths)
-    earlier = (neighbours == own[:, None]) & (inside < (tokens % BLOCK)[:, None])
-    return own, ranks[block, own.to(torch.int64)].to(torch.int64) + earlier.sum(dim=1)
+    if index_bits(num_lengths) == 0:
+        return torch.zeros_like(tokens, dtype=torch.uint8), tokens
+    block, inside = tokens // BLOCK, (tokens % BLOCK)[:, None]
+    neighbours = unpack_lengths(_blocks(lengths, num_tokens, num_lengths).index_select(0, block), num_lengths)
+    own = neighbours.gather(1, inside)
+    earlier = (neighbours == own) & (torch.arange(BLOCK, device=tokens.device) < inside)
+    own = own.squeeze(1)
+    return own, ranks[block, own.to(torch.int64)] + earlier.sum(dim=1)
 
 
 def check_padding(packed: Tensor, bits: int, name: str) -> None:

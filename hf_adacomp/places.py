@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from . import packing
+from .codebook import BinaryCodebook
+from .coded_table import inverse
 from .embedding import AdaptiveCompressedEmbedding
+from .packed_codes import PackedCodes
 
 BITS_PER_BLOCK = 1 << 22
 """Bits of the codes that the head unpacks at once (as float32: 16 MB)."""
@@ -64,10 +65,11 @@ class CompressedHead(_Place):
 
         logit_w = h . xhat_w = sum over the set bits i of w of (C_k h)_i + c_k . h        for w of code length k
 
-    For a few positions `C_k h` is computed once for each and summed over bits; from d positions on it is cheaper to
-    decode the vectors of a block of tokens for all of them. The dense table is never made: codes are unpacked in
-    blocks of `BITS_PER_BLOCK` bits, 16 MB as float32, which together with one reordered copy of the logits is all the
-    memory that the head takes. Training keeps up to `KEPT_BITS` bits for the way back.
+    For a few positions, as in generation, `C_k h` is computed once for each, and its sums over all values of a byte of
+    a code are looked up byte by byte (asymmetric distance computation; Jegou, Douze, Schmid 2011). From d positions
+    on it is cheaper to decode the vectors of a block of tokens for all of them. The dense table is never made: codes
+    are unpacked in blocks of `BITS_PER_BLOCK` bits, 16 MB as float32, which together with one reordered copy of the
+    logits is all the memory that the head takes. Training keeps up to `KEPT_BITS` bits for the way back.
 
     While lengths are learned a token's vector is the Gumbel-softmax mixture of all lengths, as in the embedding.
 
@@ -85,42 +87,55 @@ class CompressedHead(_Place):
         """Logits of hidden states, (..., d) -> (..., V)."""
         table = self.embedding
         table.ensure_warm()
-        if table.mixes or hidden.shape[:-1].numel() >= self.in_features:
-            tokens = torch.arange(table.num_embeddings, device=hidden.device)
-            blocks = tokens.split(max(1, BITS_PER_BLOCK // sum(table.config.lengths)))
-            logits = torch.cat([self._run(self._by_vectors, block, hidden) for block in blocks], dim=-1)
+        if table.packed is None or hidden.shape[:-1].numel() >= self.in_features:
+            logits = self._many(hidden)
         else:
-            groups, column = table.groups()
-            parts = [
-                self._run(partial(self._by_bits, k), places, scores)
-                for k, members in enumerate(groups)
-                if len(members)
-                for scores in (self._scores(k, hidden),)
-                for places in members.split(max(1, BITS_PER_BLOCK // table.config.lengths[k]))
-            ]
-            logits = torch.cat(parts, dim=-1).index_select(-1, column)
+            logits = self._few(table.packed, hidden)
         if table.zero_padding:
             logits[..., table.padding_idx] = 0
         return logits if self.bias is None else logits + self.bias
 
-    def _run(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        bits = self.out_features * sum(self.embedding.config.lengths)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or bits <= KEPT_BITS:
-            return function(*args)
-        logits: Tensor = checkpoint(function, *args, use_reentrant=False)
-        return logits
+    def _many(self, hidden: Tensor) -> Tensor:
+        tokens = torch.arange(self.out_features, device=hidden.device)
+        bits = sum(self.embedding.config.lengths)
+        keep = self.out_features * bits <= KEPT_BITS or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return torch.cat(
+            [
+                self._product(block, hidden) if keep else checkpoint(self._product, block, hidden, use_reentrant=False)
+                for block in tokens.split(max(1, BITS_PER_BLOCK // bits))
+            ],
+            dim=-1,
+        )
 
-    def _by_vectors(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+    def _product(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.vectors(tokens).to(hidden.dtype))
 
-    def _scores(self, k: int, hidden: Tensor) -> Tensor:
-        """Products with the code vectors of the k-th code-book and, last, with its bias, (..., L_k + 1)."""
-        book = self.embedding.book(k)
-        return F.linear(hidden, torch.cat([book.code_vectors(), book.stored_bias()[None]]))
+    def _few(self, packed: PackedCodes, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, self.in_features).float()  # sums in half precision would lose bits
+        by_length = [
+            self._sums(book, packed.group(k), packed.tokens_per_length[k], rows)
+            for k, book in enumerate(self.embedding.books())
+            if packed.tokens_per_length[k]
+        ]
+        order = packed.assignment().argsort(stable=True)
+        logits = torch.cat(by_length).index_select(0, inverse(order))
+        return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
 
-    def _by_bits(self, k: int, places: Tensor, scores: Tensor) -> Tensor:
-        bits = self.embedding.bits(k, places).to(scores.dtype)
-        return F.linear(scores[..., :-1], bits) + scores[..., -1:]
+    def _sums(self, book: BinaryCodebook, codes: Tensor, tokens: int, rows: Tensor) -> Tensor:
+        """Logits of a group of codes, (N, d) -> (tokens, N)."""
+        scores = F.linear(book.code_vectors().float(), rows)
+        bias = F.linear(book.stored_bias().float()[None], rows)
+        step = max(1, BITS_PER_BLOCK // book.length)
+        if book.length % 8:
+            blocks = torch.arange(tokens, device=rows.device).split(step)
+            sums = [packing.unpack_rows(codes, block, book.length) @ scores for block in blocks]
+        else:  # scores of all values of each byte of a code, one table a byte
+            octets = book.length // 8
+            tables = (packing.BYTE_BITS.to(rows.device) @ scores.view(octets, 8, -1)).view(256 * octets, -1)
+            first = torch.arange(octets, device=rows.device, dtype=torch.int32) * 256
+            blocks = packing.whole_bytes(codes, book.length).split(step)
+            sums = [F.embedding_bag(block.to(torch.int32) + first, tables, mode="sum") for block in blocks]
+        return torch.cat(sums) + bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

