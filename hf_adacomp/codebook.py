@@ -16,21 +16,21 @@ BITS_PER_BLOCK = 1 << 25
 
 
 class BinaryStep(torch.autograd.Function):
-    """`H(z) = 1 if z > 0 else 0`, with the gradient of `clamp((z + 1) / 2, 0, 1)` (straight-through).
+    """The bits, decided from the pre-activations z, with the gradient of `clamp((z + 1) / 2, 0, 1)` (straight-through).
 
     Bengio, Leonard, Courville 2013 (arXiv 1308.3432), with the saturation of Hubara et al. 2016: a bit whose
     pre-activation is far from its threshold gets no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, bits: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return (z > 0).to(z.dtype)
+        return bits.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
         z: Tensor = ctx.saved_tensors[0]
-        return 0.5 * grad[0] * (z.abs() < 1).to(z.dtype)
+        return 0.5 * grad[0] * (z.abs() < 1).to(z.dtype), None
 
 
 SWEEPS = 4
@@ -50,17 +50,27 @@ def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor) -> tuple[Tensor, 
         overlap: (L, L), symmetric, zero on the diagonal.
         start: Bits to start from, (..., L) in [0, 1]; an undecided bit counts half.
 
+    Bits of a block are decided together, which can overshoot where code vectors are alike: then only the one that gains
+    most changes, so that no error grows once all bits are decided.
+
     Returns:
-        The bits, and for each bit what was compared with its drive when it was last decided, both (..., L).
+        The bits, and for each bit drive less sum when it was last decided, both (..., L).
     """
-    bits, explained = start.clone(), torch.empty_like(drive)
+    bits, margins = start.clone(), torch.empty_like(drive)
     width = -(-drive.shape[-1] // BLOCKS)
-    for _ in range(SWEEPS):
+    for sweep in range(SWEEPS):
         for first in range(0, drive.shape[-1], width):
             block = slice(first, first + width)
-            explained[..., block] = bits @ overlap[:, block]
-            bits[..., block] = (drive[..., block] > explained[..., block]).to(bits.dtype)
-    return bits, explained
+            before, margin = bits[..., block], drive[..., block] - bits @ overlap[:, block]
+            decided = (margin > 0).to(bits.dtype)
+            if sweep:
+                change = decided - before
+                gain = change * margin
+                lost = change * (change @ overlap[block, block]) / 2
+                overshoots = (gain - lost).sum(-1, keepdim=True) < 0
+                decided = torch.where(overshoots & (gain < gain.amax(-1, keepdim=True)), before, decided)
+            bits[..., block], margins[..., block] = decided, margin
+    return bits, margins
 
 
 def nearest_bits(x: Tensor, vectors: Tensor, bias: Tensor, start: Tensor | None = None) -> Tensor:
@@ -102,8 +112,9 @@ class BinaryCodebook(nn.Module):
         decode   xhat = C^T b + c          the sum of the active code vectors (rows of C) and the bias c
 
     With `tied`, `F = s C` and `f = encoder_bias - s (C c + |C_i|^2 / 2)`: encoding descends the squared error, up to
-    the learned bias. Both ways see code vectors as they will be stored (rounded to `storage`), with gradients passed
-    straight through the rounding and through the step H, where what the other bits explain is a constant.
+    the learned bias, and follows the code vectors, which are constants to it. (Gradients that reach them through the
+    encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see code vectors as they will
+    be stored (rounded to `storage`), with gradients passed straight through the rounding and through the step H.
 
     Args:
         length: Number of code vectors, i.e. bits of a code.
@@ -141,17 +152,19 @@ class BinaryCodebook(nn.Module):
 
     def _encode(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        vectors, scale = self.code_vectors().to(dtype), self.encoder_scale.to(dtype)
-        if self.tied:
+        with torch.no_grad():
+            vectors, scale = self.code_vectors().to(dtype), self.encoder_scale.to(dtype)
+            overlap = (scale * vectors @ vectors.T).fill_diagonal_(0)
             threshold = vectors @ self.stored_bias().to(dtype) + vectors.square().sum(1) / 2
+        if self.tied:
             drive = scale * (F.linear(x.to(dtype), vectors) - threshold) + self.encoder_bias.to(dtype)
         else:
             drive = F.linear(x.to(dtype), self.encoder_weight.to(dtype), self.encoder_bias.to(dtype))
         with torch.no_grad():
-            overlap = (scale * vectors @ vectors.T).fill_diagonal_(0)
-            _, explained = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
-        bits: Tensor = BinaryStep.apply(drive - explained)  # type: ignore[no-untyped-call]
-        return bits.to(x.dtype)
+            bits, margins = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
+            explained = drive - margins
+        decided: Tensor = BinaryStep.apply(drive - explained, bits)  # type: ignore[no-untyped-call]
+        return decided.to(x.dtype)
 
     def decode(self, bits: Tensor, out: Tensor | None = None) -> Tensor:
         """Vectors of the bits, (N, L) -> (N, d), also into `out`. Under autocast, too, as they would be without it."""

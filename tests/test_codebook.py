@@ -1,8 +1,10 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from hf_adacomp.codebook import BinaryCodebook, BinaryStep, quantize_rows
+from hf_adacomp.codebook import BinaryCodebook, BinaryStep, nearest_bits, quantize_rows
 from hf_adacomp.config import CODEBOOK_DTYPES, FLOAT_DTYPES
 
 
@@ -16,7 +18,7 @@ def exact_storage(monkeypatch):
     monkeypatch.setitem(FLOAT_DTYPES, "float64", torch.float64)
 
 
-def ramp(z):
+def ramp(z, bits=None):
     """What the straight-through gradient is defined as the gradient of."""
     return ((z + 1) / 2).clamp(0, 1)
 
@@ -25,8 +27,9 @@ def test_step_is_hard_and_its_gradient_is_that_of_the_ramp():
     z = torch.linspace(-2, 2, 41, dtype=torch.float64) + 0.013
     z.requires_grad_()
     weight = torch.randn_like(z)
-    bits = BinaryStep.apply(z)
-    assert torch.equal(bits, (z > 0).double())
+    decided = (z > 0).double()
+    bits = BinaryStep.apply(z, decided)
+    assert torch.equal(bits, decided)
     (hard,) = torch.autograd.grad((bits * weight).sum(), z)
     (soft,) = torch.autograd.grad((ramp(z) * weight).sum(), z)
     assert torch.equal(hard, soft)
@@ -49,6 +52,33 @@ def test_encoder_gradient_is_that_of_the_relaxed_network(tied, monkeypatch):
     for a, b in zip(hard, gradients(), strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.allclose(a, b)
+
+
+def test_code_vectors_follow_decoding_alone():
+    module = book(tied=True)
+    module.encode(torch.randn(5, 4, dtype=torch.float64)).sum().backward()
+    assert module.weight.grad is None
+    assert module.encoder_bias.grad is not None
+
+
+def test_bits_are_those_of_the_nearest_sum_of_orthogonal_vectors():
+    vectors = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0] * torch.linspace(1, 3, 12)[:, None]
+    bits = torch.randint(0, 2, (50, 12)).double()
+    x = bits @ vectors + 0.1 * torch.randn(50, 12, dtype=torch.float64)
+    assert torch.equal(nearest_bits(x, vectors, torch.zeros(12, dtype=torch.float64)), bits)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 5.0])
+def test_more_sweeps_never_lose(alike, monkeypatch):
+    """Also for vectors that all have a direction in common, where deciding many bits at once overshoots."""
+    vectors, x, bias = torch.randn(64, 16) + alike * torch.randn(16), 4 * torch.randn(100, 16), torch.randn(16)
+    errors = []
+    for sweeps in range(1, 7):
+        monkeypatch.setattr("hf_adacomp.codebook.SWEEPS", sweeps)
+        decoded = nearest_bits(x, vectors, bias) @ vectors + bias
+        errors.append((x - decoded).square().sum(1))
+    assert all((after <= before + 1e-2).all() for before, after in pairwise(errors))
+    assert errors[-1].sum() < errors[0].sum()
 
 
 def test_decode_is_the_sum_of_active_code_vectors_and_the_bias():
