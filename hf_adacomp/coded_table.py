@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from . import packing
 from .budget import code_bits
 from .codebook import BinaryCodebook
 from .coder import TokenCoder
@@ -111,6 +112,25 @@ class CodedTable(nn.Module):
         if self.coder is not None:
             return book.encode(self.coder.source[places])
         return self.require_packed().bits(k, places).to(book.bias.dtype)
+
+    def assignment(self) -> Tensor:
+        """Length index of every token, uint8 (V,)."""
+        return self.require_packed().assignment() if self.coder is None else self.coder.assignment
+
+    def tokens_per_length(self) -> Sequence[int]:
+        """How many tokens have each code length."""
+        if self.coder is None:  # known, so that shapes do not depend on values
+            return self.require_packed().tokens_per_length
+        tokens: list[int] = self.assignment().bincount(minlength=len(self.codebooks)).tolist()
+        return tokens
+
+    def group(self, k: int) -> Tensor:
+        """The codes of the k-th length in the format of `hf_adacomp.packing`, uint8 (bytes,)."""
+        if self.coder is None:
+            return self.require_packed().group(k)
+        members = (self.assignment() == k).nonzero().squeeze(1)
+        blocks = [packing.pack_bits(self.bits(k, places)) for places in members.split(self.book(k).block)]
+        return torch.cat(blocks)
 
     def require_packed(self) -> PackedCodes:
         """The packed codes; ValueError before there are any."""

@@ -35,7 +35,7 @@ class AdaCompConfig(QuantizationConfigMixin):
         anneal: Path between the two: `"exponential"`, `"linear"` or `"cosine"`.
         select_fraction: Share of training that learns the lengths; the rest trains the codes of frozen lengths. 0
             keeps the lengths of the warm start.
-        tied: Whether the encoder shares its weights with the code vectors (`F_k = s_k C_k`).
+        tied: Whether the encoder's weights follow the code vectors (`F_k = s_k C_k`) or are learned apart.
         orthogonality_weight: Weight of `|C_k C_k^T / scale - I|^2 / L_k`, averaged over the code-books.
         reconstruction_weight: Weight of the relative squared error of the decoded against the source vectors.
         codebook_dtype: How code vectors are stored: `"int4"` or `"int8"` (with one float scale a vector), `"float16"`,

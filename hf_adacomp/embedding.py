@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import packing
 from .codebook import BinaryCodebook
 from .coded_table import CodedTable, distinct, inverse
 from .coder import TokenCoder
@@ -205,13 +204,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if self.coder is None:
             return
         self.freeze_lengths()
-        assignment = self.coder.assignment
-        blocks = [
-            packing.pack_bits(self.bits(k, rows))
-            for k, book in enumerate(self.books())
-            for rows in (assignment == k).nonzero().squeeze(1).split(book.block)
-        ]
-        self._become_packed(PackedCodes.of(assignment, self.config.lengths, torch.cat(blocks)))
+        codes = torch.cat([self.group(k) for k in range(len(self.codebooks))])
+        self._become_packed(PackedCodes.of(self.assignment(), self.config.lengths, codes))
 
     def resize(self, kept: int, new_codes: Tensor) -> None:
         """Keep the first tokens of a packed table and append some with these codes of the longest length, (N, L)."""
@@ -276,10 +270,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def code_lengths(self) -> Tensor:
         """Bits of each token's code, (V,) int64, as they would be packed now."""
         self.ensure_warm()
-        if self.coder is not None:
-            assignment = self.coder.hard_assignment(self.code_bits())[0]
-        else:
-            assignment = self.require_packed().assignment()
+        coder = self.coder
+        assignment = self.assignment() if coder is None else coder.hard_assignment(self.code_bits())[0]
         return torch.tensor(self.config.lengths, device=assignment.device)[assignment.to(torch.int64)]
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from . import packing
 from .codebook import BinaryCodebook
 from .coded_table import inverse
 from .embedding import AdaptiveCompressedEmbedding
-from .packed_codes import PackedCodes
 
 BITS_PER_BLOCK = 1 << 22
 """Bits of the codes that the head unpacks at once (as float32: 16 MB)."""
@@ -87,10 +86,9 @@ class CompressedHead(_Place):
         """Logits of hidden states, (..., d) -> (..., V)."""
         table = self.embedding
         table.ensure_warm()
-        if table.packed is None or hidden.shape[:-1].numel() >= self.in_features:
-            logits = self._many(hidden)
-        else:
-            logits = self._few(table.packed, hidden)
+        learning = table.training and table.coder is not None  # bits have gradients
+        many = hidden.shape[:-1].numel() >= self.in_features
+        logits = self._many(hidden) if learning or many else self._few(hidden)
         if table.zero_padding:
             logits[..., table.padding_idx] = 0
         return logits if self.bias is None else logits + self.bias
@@ -110,14 +108,14 @@ class CompressedHead(_Place):
     def _product(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.vectors(tokens).to(hidden.dtype))
 
-    def _few(self, packed: PackedCodes, hidden: Tensor) -> Tensor:
+    def _few(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()  # sums in half precision would lose bits
+        tokens, order = self.embedding.tokens_per_length(), self.embedding.assignment().argsort(stable=True)
         by_length = [
-            self._sums(book, packed.group(k), packed.tokens_per_length[k], rows)
+            self._sums(book, self.embedding.group(k), tokens[k], rows)
             for k, book in enumerate(self.embedding.books())
-            if packed.tokens_per_length[k]
+            if tokens[k]
         ]
-        order = packed.assignment().argsort(stable=True)
         logits = torch.cat(by_length).index_select(0, inverse(order))
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
 

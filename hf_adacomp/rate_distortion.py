@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 1 << 15
+"""Rows of a table that are weighted at once: a copy of all of them would double its memory."""
+
 
 def principal_axes(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean (d,), principal axes (d, d) as columns and variances (d,), decreasing, of x (N, d)."""
     share = weights / weights.sum()
     mean = share @ x
-    second = (x * share[:, None]).T @ x - mean[:, None] * mean
-    variances, axes = torch.linalg.eigh(second)
+    moments = [(rows * part[:, None]).T @ rows for rows, part in zip(x.split(BLOCK), share.split(BLOCK), strict=True)]
+    variances, axes = torch.linalg.eigh(torch.stack(moments).sum(0) - mean[:, None] * mean)
     return mean, axes.flip(1), variances.flip(0).clamp_min(0)
 
 

@@ -16,7 +16,7 @@ from .token_counts import expected_counts, token_weights
 FIT_ROWS = 1 << 15
 FIT_ROUNDS = 8
 STAGE = 64
-"""Rows that a code-book is fitted to, rounds of encoding and least squares, and bits that start out at once."""
+"""Rows that a code-book is fitted to at most, rounds of encoding and least squares, and bits that start out at once."""
 
 
 def warm_start(
@@ -50,15 +50,20 @@ def warm_start(
     lengths = torch.tensor([book.length for book in codebooks], device=x.device)
     mean, _, variances = principal_axes(x, weights)
     bound = torch.stack([binary_code_distortion(variances, book.length) for book in codebooks])
-    cost = (weights * (x - mean).square().sum(1))[:, None] * (bound / variances.sum().clamp_min(1e-30))
+    energies = torch.cat([(rows - mean).square().sum(1) for rows in x.split(FIT_ROWS)])
+    cost = (weights * energies)[:, None] * (bound / variances.sum().clamp_min(1e-30))
     assignment, _ = assign_lengths(-cost, lengths, code_bits)
     for k, book in enumerate(tqdm(codebooks, desc="Fitting code-books", disable=not show_progress)):
         members = (assignment == k).nonzero().squeeze(1)
         if len(members) < 2 * book.length:  # too few to carry the book alone: let the whole table help
             members = torch.arange(len(x), device=x.device)
-        fit_codebook(book, x[members], weights[members], generator)
-        reconstruction = book.reconstruct(source).to(torch.float32)
-        cost[:, k] = weights * (x - reconstruction).square().sum(1)
+        drawn = len(members) > FIT_ROWS
+        if drawn:
+            rows = torch.multinomial(weights[members].cpu(), FIT_ROWS, replacement=True, generator=generator)
+            members = members[rows.to(members.device)]
+        fit_codebook(book, x[members], torch.ones_like(weights[members]) if drawn else weights[members], generator)
+        errors = [(rows.float() - book.reconstruct(rows).float()).square().sum(1) for rows in source.split(FIT_ROWS)]
+        cost[:, k] = weights * torch.cat(errors)
     return cost
 
 
@@ -68,9 +73,6 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
 
     Given bits, the code vectors and the bias follow in closed form; given those, the encoder descends over the bits.
     """
-    if len(x) > FIT_ROWS:
-        rows = torch.multinomial(weights.cpu(), FIT_ROWS, replacement=True, generator=generator).to(x.device)
-        x, weights = x[rows], torch.ones_like(weights[rows])
     mean, _, variances = principal_axes(x, weights)
     unit = variances.mean().sqrt().clamp_min(1e-12)  # fit in units of the table's own scale
     x = (x - mean) / unit
@@ -80,7 +82,7 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
     rounded = book.round(vectors)
     bias = weights @ (x - nearest_bits(x, rounded, bias) @ rounded) / weights.sum()
     # Drives of about unit size: gradients pass the step where a bit is near its threshold.
-    scale = 1 / (x @ vectors.T).std().clamp_min(1e-6)
+    scale = 1 / (x @ vectors.T).std(correction=0).clamp_min(1e-6)
     # Back to the table's units: x_table = unit * x + mean.
     book.weight.copy_(vectors * unit)
     book.bias.copy_(bias * unit + mean)
