@@ -88,7 +88,11 @@ class CompressedHead(_Place):
         table.ensure_warm()
         learning = table.training and table.coder is not None  # bits have gradients
         many = hidden.shape[:-1].numel() >= self.in_features
-        logits = self._many(hidden) if learning or many else self._few(hidden)
+        if learning or many:
+            logits = self._many(hidden)
+        else:
+            with torch.autocast(hidden.device.type, enabled=False):  # sums in half precision would lose bits
+                logits = self._few(hidden)
         if table.zero_padding:
             logits[..., table.padding_idx] = 0
         return logits if self.bias is None else logits + self.bias
@@ -109,7 +113,7 @@ class CompressedHead(_Place):
         return F.linear(hidden, self.embedding.vectors(tokens).to(hidden.dtype))
 
     def _few(self, hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, self.in_features).float()  # sums in half precision would lose bits
+        rows = hidden.reshape(-1, self.in_features).float()
         tokens, order = self.embedding.tokens_per_length(), self.embedding.assignment().argsort(stable=True)
         by_length = [
             self._sums(book, self.embedding.group(k), tokens[k], rows)
