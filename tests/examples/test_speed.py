@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from conftest import command_line
 
 
 def test_rows_are_measured_on_small_tables(example, tmp_path):
