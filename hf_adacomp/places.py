@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from . import packing
 from .codebook import BinaryCodebook
-from .coded_table import inverse
 from .embedding import AdaptiveCompressedEmbedding
 
 BITS_PER_BLOCK = 1 << 22
@@ -120,7 +119,8 @@ class CompressedHead(_Place):
             for k, book in enumerate(self.embedding.books())
             if tokens[k]
         ]
-        logits = torch.cat(by_length).index_select(0, inverse(order))
+        by_group = torch.cat(by_length)
+        logits = torch.zeros_like(by_group).index_copy(0, order, by_group)
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
 
     def _sums(self, book: BinaryCodebook, codes: Tensor, tokens: int, rows: Tensor) -> Tensor:
@@ -130,14 +130,15 @@ class CompressedHead(_Place):
         step = max(1, BITS_PER_BLOCK // book.length)
         if book.length % 8:
             blocks = torch.arange(tokens, device=rows.device).split(step)
-            sums = [packing.unpack_rows(codes, block, book.length) @ scores for block in blocks]
+            sums = [packing.unpack_rows(codes, block, book.length) @ scores + bias for block in blocks]
         else:  # scores of all values of each byte of a code, one table a byte
             octets = book.length // 8
             tables = (packing.BYTE_BITS.to(rows.device) @ scores.view(octets, 8, -1)).view(256 * octets, -1)
+            tables = torch.cat([tables[:256] + bias, tables[256:]])
             first = torch.arange(octets, device=rows.device, dtype=torch.int32) * 256
             blocks = packing.whole_bytes(codes, book.length).split(step)
-            sums = [F.embedding_bag(block.to(torch.int32) + first, tables, mode="sum") for block in blocks]
-        return torch.cat(sums) + bias
+            sums = [F.embedding_bag(block + first, tables, mode="sum") for block in blocks]
+        return torch.cat(sums)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
