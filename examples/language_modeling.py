@@ -24,7 +24,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from variants import VariantArguments, compare_variants, train, write_figures
+from variants import VariantArguments, compare_variants, finish, train
 
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
@@ -104,11 +104,8 @@ def main(arguments: list[str] | None = None) -> dict:
 
     set_seed(training_args.seed)
     dense = train(new_trainer(model=new_model(args), args=training_args))
-    models = compare_variants(dense, args, training_args, new_trainer, perplexities)
-    figures = {"models": models, "seconds": time.perf_counter() - started}
-    print(f"\nperplexity a token of {args.vocabulary_size} entries; {figures['seconds']:.0f} seconds in all")
-    write_figures(figures, args.json_out)
-    return figures
+    variants = compare_variants(dense, args, training_args, new_trainer, perplexities)
+    return finish(variants, started, args.json_out)
 
 
 if __name__ == "__main__":

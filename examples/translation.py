@@ -28,7 +28,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
-from variants import VariantArguments, compare_variants, train, write_figures
+from variants import VariantArguments, compare_variants, finish, train
 
 SPLITS = ("train", "validation", "test")
 PAD, END = "<pad>", "</s>"
@@ -159,10 +159,7 @@ def main(arguments: list[str] | None = None) -> dict:
     set_seed(training_args.seed)
     dense = train(new_trainer(new_model(args, tokenizer), args=training_args))
     variants = compare_variants(dense, args, training_args, new_trainer, scores)
-    figures = {"models": variants, "seconds": time.perf_counter() - started}
-    print(f"\n{figures['seconds']:.0f} seconds in all")
-    write_figures(figures, args.json_out)
-    return figures
+    return finish(variants, started, args.json_out)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,10 @@ def compare_variants(
     return rows
 
 
-def write_figures(figures: dict, file: str | None) -> None:
-    """Write all figures as JSON, if a file is named."""
+def finish(variants: dict[str, dict[str, float]], started: float, file: str | None) -> dict:
+    """All figures of a script, with the seconds since `started`; as JSON too, if a file is named."""
+    figures = {"models": variants, "seconds": time.perf_counter() - started}
+    print(f"\n{figures['seconds']:.0f} seconds in all")
     if file is not None:
         Path(file).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
