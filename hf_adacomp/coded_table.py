@@ -61,7 +61,7 @@ class CodedTable(nn.Module):
         """Gumbel-softmax mixture over all code lengths of distinct tokens, (N,) -> (N, d)."""
         coder = self.require_coder("a mixture of lengths")
         decoded = torch.stack([book.decode(self.bits(k, tokens)) for k, book in enumerate(self.books())], dim=1)
-        mixture: Tensor = (coder.selector(tokens, coder.temperature)[:, :, None] * decoded).sum(dim=1)
+        mixture: Tensor = (coder.shares(tokens)[:, :, None] * decoded).sum(dim=1)
         return mixture
 
     def decode(self, tokens: Tensor) -> Tensor:
