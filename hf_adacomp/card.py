@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented there
 from transformers import PreTrainedModel
 
 from .plots import can_plot, plot_histogram
@@ -141,7 +142,7 @@ def _is_same(a: EvalResult, b: EvalResult) -> bool:
     return a.unique_identifier == b.unique_identifier and a.metric_type == b.metric_type
 
 
-def _describe(data: ModelCardData, base_model: str | None, results: Sequence[EvalResult], title: str) -> None:
+def _describe(data: Any, base_model: str | None, results: Sequence[EvalResult], title: str) -> None:
     """Add to the metadata what is not there yet; scores replace older ones of the same data and metric."""
     data.library_name = data.library_name or "transformers"
     tags = [data.tags] if isinstance(data.tags, str) else list(data.tags or ())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,8 +85,10 @@ def _ranks(figure: Figure, lengths: Tensor, by: str) -> None:
     panel.scatter(
         ranks, lengths * spread, s=size, color=BLUE, alpha=0.35, linewidths=0, rasterized=True, label="a token"
     )
-    edges = torch.logspace(0, torch.tensor(len(lengths) + 1.0).log10().item(), WINDOWS + 1).round().to(torch.int64)
-    windows = [(a, b) for a, b in zip(edges.tolist(), edges[1:].tolist(), strict=False) if b > a]
+    first = min(10, len(lengths))  # single tokens have no mean to speak of
+    steps = torch.logspace(math.log10(first), math.log10(len(lengths)), WINDOWS).round().to(torch.int64)
+    edges = [1, *(steps + 1).unique().tolist()]
+    windows = list(pairwise(edges))
     middles = [((a * (b - 1)) ** 0.5) for a, b in windows]
     means = [lengths[a - 1 : b - 1].float().mean().item() for a, b in windows]
     panel.plot(middles, means, color=ORANGE, linewidth=2.5, label="mean")
@@ -93,4 +97,6 @@ def _ranks(figure: Figure, lengths: Tensor, by: str) -> None:
     panel.set_yticks(bits, [str(length) for length in bits])
     panel.minorticks_off()
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, markerscale=3 if size == 3 else 1.5)
+    panel.legend(
+        frameon=False, markerscale=3 if size == 3 else 1.5, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2
+    )
