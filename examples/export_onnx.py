@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 import transformers
 from comparison import parse
+from onnx import TensorProto, helper
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -53,21 +54,25 @@ class Encoder(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
 
 
-def _shift(direction: str) -> Callable:
-    return lambda bits, places: op.BitShift(bits, places, direction=direction)
+def _shift_bytes(direction: str) -> Callable:
+    return lambda octets, places: op.BitShift(octets, places, direction=direction)
 
 
-def _shift_all(direction: str) -> Callable:
-    return lambda bits, places: op.BitShift(bits, op.CastLike(op.Constant(value_int=places), bits), direction=direction)
+def _shift_right_by(integers: object, places: int) -> object:
+    unsigned = op.Cast(integers, to=TensorProto.UINT64)  # ONNX shifts no signed ones; ours are positive
+    return op.CastLike(op.BitShift(unsigned, op.Constant(value=_unsigned(places)), direction="RIGHT"), integers)
+
+
+def _unsigned(number: int) -> TensorProto:
+    return helper.make_tensor("places", TensorProto.UINT64, (), [number])
 
 
 TRANSLATIONS = {
-    torch.ops.aten.__rshift__.Tensor: _shift("RIGHT"),
-    torch.ops.aten.__lshift__.Tensor: _shift("LEFT"),
-    torch.ops.aten.__rshift__.Scalar: _shift_all("RIGHT"),
-    torch.ops.aten.__lshift__.Scalar: _shift_all("LEFT"),
+    torch.ops.aten.__rshift__.Tensor: _shift_bytes("RIGHT"),
+    torch.ops.aten.__lshift__.Tensor: _shift_bytes("LEFT"),
+    torch.ops.aten.__rshift__.Scalar: _shift_right_by,
 }
-"""Shifts of bytes, which PyTorch's exporter does not translate and ONNX has."""
+"""Shifts of bits, which ONNX has and PyTorch's exporter does not translate."""
 
 
 def load(name: str) -> Encoder:

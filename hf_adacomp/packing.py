@@ -104,8 +104,8 @@ def unpack_lengths(rows: Tensor, num_lengths: int) -> Tensor:
     pieces: Tensor = ((rows[:, :, None] >> place) & (2**step - 1)).flatten(1)
     if step == width:
         return pieces
-    pieces = pieces.unflatten(1, (-1, width)) << torch.arange(width, device=rows.device)
-    return pieces.sum(dim=2, dtype=torch.uint8)
+    pieces = pieces.unflatten(1, (-1, width)) << torch.arange(width, device=rows.device, dtype=torch.uint8)
+    return pieces.sum(dim=2, dtype=torch.int32).to(torch.uint8)  # runtimes of exported graphs sum no bytes
 
 
 def _blocks(lengths: Tensor, num_tokens: int, num_lengths: int) -> Tensor:
