@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         "compress",
         help="compress a model without training",
         description="Fit codes to the token table, pack them and save the model, without any training: a quick look. "
-        "Training with AdaCompCallback keeps far more of the accuracy; so does --counts-from against no counts.",
+        "Tokens count by how often they occur in --counts-from, which should be like the texts the model is for; "
+        "without it all count alike.",
     )
     verb.add_argument("model", metavar="MODEL", help=dense)
     verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")

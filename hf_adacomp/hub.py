@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard
+from huggingface_hub import CommitInfo, EvalResult, HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedModel
 
@@ -54,7 +55,7 @@ def push_model_card(
         except EntryNotFoundError:
             pass  # the repository has no card yet
         else:
-            ModelCard.load(file).save(os.path.join(folder, "README.md"))
+            shutil.copy(file, os.path.join(folder, "README.md"))
         save_model_card(
             model, folder, repo_id=repo_id, base_model=base_model, results=results, dense_results=dense_results
         )
