@@ -6,9 +6,11 @@ model is loaded with `from_pretrained`.
 
 from typing import TYPE_CHECKING
 
+from .card import model_card, save_model_card
 from .compression import compress, decompress, pack
 from .config import AdaCompConfig
 from .embedding import AdaptiveCompressedEmbedding
+from .hub import push_model_card
 from .quantizer import register as _register
 from .report import size_report, token_table
 from .vocabulary import add_tokens, keep_tokens
@@ -26,7 +28,10 @@ __all__ = [
     "compress",
     "decompress",
     "keep_tokens",
+    "model_card",
     "pack",
+    "push_model_card",
+    "save_model_card",
     "size_report",
     "token_table",
 ]

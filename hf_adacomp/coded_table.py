@@ -90,7 +90,8 @@ class CodedTable(nn.Module):
         packed = self.require_packed()
         lengths, places = packed.locate(tokens)
         bias = self.book(0).bias
-        vectors = torch.zeros(len(tokens), self.embedding_dim, dtype=bias.dtype, device=bias.device)
+        shape = (tokens.shape[0], self.embedding_dim)  # len(tokens) would be fixed in an exported graph
+        vectors = torch.zeros(shape, dtype=bias.dtype, device=bias.device)
         for k, book in enumerate(self.books()):
             if packed.tokens_per_length[k]:
                 own = lengths == k
