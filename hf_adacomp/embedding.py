@@ -88,6 +88,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.packed: PackedCodes | None = None
         self.abandoned = False  # whether training ended before the lengths were frozen
         self.diverged = False  # whether the task's last gradients were NaN or Inf
+        self.loading = False  # whether weights are on their way in and have not been checked yet
 
     @classmethod
     def from_embedding(
@@ -279,7 +280,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:
         """As in `nn.Module`; entering eval mode settles the hard lengths of the moment."""
         super().train(mode)
-        if not mode and self.coder is not None and self.coder.warm:
+        if not mode and self.coder is not None and not self.loading and self.coder.warm:
             self.coder.settle(self.code_bits())
         return self
 

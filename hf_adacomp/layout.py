@@ -10,6 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .config import AdaCompConfig
+
+SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_gain")
+"""What a table's vectors and logits depend on besides its layout; the rest matters to training alone."""
+
 MOST_TOKENS = 2**31 - 1
 MOST_BITS = 2**20
 """Bounds of V (places of tokens are int32) and of d and code lengths, which keep all sizes within int64."""
@@ -20,18 +25,18 @@ def tensor_checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().cpu().contiguous().numpy().data)
 
 
-def sealed(layout: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`layout` with a checksum of itself and of the settings that vectors depend on."""
-    return {**layout, "checksum": _checksum(layout, settings)}
+def sealed(layout: Mapping[str, Any], config: AdaCompConfig) -> dict[str, Any]:
+    """`layout` with a checksum of itself and of `SEALED_SETTINGS`."""
+    return {**layout, "checksum": _checksum(layout, config)}
 
 
-def check_layout(name: str, layout: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def check_layout(name: str, layout: Mapping[str, Any], config: AdaCompConfig) -> None:
     """Raise ValueError unless `layout` can be the sealed layout of a table.
 
     Args:
         name: Of the table, for messages.
         layout: As `AdaptiveCompressedEmbedding.layout` gives it, with `tied_head` and `checksum`.
-        settings: Those it was sealed with.
+        config: The settings it was sealed with.
     """
     tokens = _integer(name, layout, "num_embeddings", 1, MOST_TOKENS)
     _integer(name, layout, "embedding_dim", 1, MOST_BITS)
@@ -57,18 +62,22 @@ def check_layout(name: str, layout: Mapping[str, Any], settings: Mapping[str, An
         raise _wrong(name, layout, "tensor_checksums", "checksums by name of the tensor")
     for tensor in checksums:
         _integer(f"{name}, tensor_checksums", checksums, tensor, 0, 2**32 - 1)
-    expected = _checksum({field: layout[field] for field in layout if field != "checksum"}, settings)
+    expected = _checksum({field: layout[field] for field in layout if field != "checksum"}, config)
     if _integer(name, layout, "checksum", 0, 2**32 - 1) != expected:
         raise ValueError(
             f"{name}: the checksum of the table's layout in quantization_config is {layout['checksum']}, but with "
-            f"{', '.join(f'{key}={value!r}' for key, value in settings.items())} it should be {expected}: the config "
-            "was changed or damaged after it was saved; copy or download it again"
+            f"{', '.join(f'{key}={value!r}' for key, value in _settings(config).items())} it should be {expected}: the "
+            "config was changed or damaged after it was saved; copy or download it again"
         )
 
 
-def _checksum(layout: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    values = {**settings, **layout, "scale": float(layout["scale"])}  # other writers of JSON make 1 of 1.0
+def _checksum(layout: Mapping[str, Any], config: AdaCompConfig) -> int:
+    values = {**_settings(config), **layout, "scale": float(layout["scale"])}  # other writers of JSON make 1 of 1.0
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _settings(config: AdaCompConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SEALED_SETTINGS}
 
 
 def _field(name: str, layout: Mapping[str, Any], field: str) -> Any:

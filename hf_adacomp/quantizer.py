@@ -53,7 +53,7 @@ class AdaCompHfQuantizer(HfQuantizer):
         if stored is not None:
             check_tables(self.quantization_config.tables, stored)
         for stored_name, layout in self.quantization_config.tables.items():
-            check_layout(stored_name, layout, self._settings())
+            check_layout(stored_name, layout, self.quantization_config)
             table = matching_table(model, stored_name)
             shape = (layout["num_embeddings"], layout["embedding_dim"])
             if tuple(table.owner.weight.shape) != shape:
@@ -73,6 +73,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             new.dense_class = type(table.owner)
             put(model, table, new, self.quantization_config.head)
             new.__dict__["weight"] = _initialized()
+            new.loading = True
             self._checksums[new] = layout["tensor_checksums"]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -85,13 +86,10 @@ class AdaCompHfQuantizer(HfQuantizer):
             _refuse_damaged(name, embedding)
             _compare_checksums(name, embedding, self._checksums.pop(embedding))
             embedding.restore_constants()
+            embedding.loading = False
+            embedding.train(embedding.training)
         _redirect_resizing(model)
         return model
-
-    def _settings(self) -> dict[str, Any]:
-        """The settings that a stored table's vectors and logits depend on."""
-        settings = self.quantization_config
-        return {name: getattr(settings, name) for name in ("format_version", "codebook_dtype", "head")}
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained` before it writes anything: refuse half-trained tables, note the layouts."""
@@ -107,7 +105,7 @@ class AdaCompHfQuantizer(HfQuantizer):
         tied = [head.embedding for head in heads.values()]
         self.quantization_config.tables = {
             name: sealed(
-                {**embedding.layout(), "tied_head": any(embedding is owner for owner in tied)}, self._settings()
+                {**embedding.layout(), "tied_head": any(embedding is owner for owner in tied)}, self.quantization_config
             )
             for name, embedding in embeddings.items()
         }
