@@ -103,6 +103,8 @@ def _fault(checkpoint: Path) -> str | None:
         json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{TRAINER_STATE} is missing, which is written last"
+    except json.JSONDecodeError as error:
+        return f"{TRAINER_STATE} is cut off: {error}"
     except ValueError as error:
         return str(error)
     return None
