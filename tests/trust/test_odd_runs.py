@@ -203,14 +203,11 @@ def test_a_step_without_usable_gradients_leaves_the_table_as_it_was(bert, config
     for step in range(3):
         optimizer.zero_grad()
         (embedding.train()(torch.arange(9)).square().sum() * [1, float("inf"), 1][step]).backward()
-        before = embedding.coder.selector.offset.detach().clone(), embedding.coder.source.detach().clone()
+        watched = (embedding.coder.selector.offset, embedding.coder.source)
+        before = [parameter.detach().clone() for parameter in watched]
         embedding.step(step / 10)
         optimizer.step()
-        same = [
-            torch.equal(*pair)
-            for pair in zip(before, (embedding.coder.selector.offset, embedding.coder.source), strict=True)
-        ]
-        assert same == [step == 1] * 2
+        assert [torch.equal(*pair) for pair in zip(before, watched, strict=True)] == [step == 1] * 2
 
 
 def test_early_stopping_before_the_freeze_warns_and_pack_freezes_what_there_is(tmp_path, caplog):
