@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from .config import AdaCompConfig
+from .config import LARGEST, AdaCompConfig
 
 SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_gain")
 """What a table's vectors and logits depend on besides its layout; the rest matters to training alone."""
@@ -48,7 +47,7 @@ def check_layout(name: str, layout: Mapping[str, Any], config: AdaCompConfig) ->
     if layout["zero_padding"] and layout["padding_idx"] is None:
         raise _wrong(name, layout, "zero_padding", "false where padding_idx is null")
     scale = _field(name, layout, "scale")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= LARGEST:
         raise _wrong(name, layout, "scale", "a finite number")
     lengths = _integers(name, layout, "code_lengths", 1, MOST_BITS)
     if not 1 <= len(lengths) <= 256 or lengths != sorted(set(lengths)):

@@ -35,7 +35,7 @@ def relative_error(decoded: Tensor, source: Tensor) -> Tensor:
 
 def finite_gradients(parameters: Iterable[torch.nn.Parameter]) -> bool:
     """Whether no gradient holds NaN or Inf, by one sum for each: a mask would be as large as the table."""
-    sums = [parameter.grad.sum(dtype=torch.float64) for parameter in parameters if parameter.grad is not None]
+    sums = [parameter.grad.sum(dtype=torch.float32) for parameter in parameters if parameter.grad is not None]
     return not sums or bool(torch.stack(sums).isfinite().all())
 
 
