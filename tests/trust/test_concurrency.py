@@ -86,7 +86,7 @@ def test_ten_thousand_calls_take_no_memory(gpt2):
     grown, tensors = call_often(gpt2, 10_000)
     print(f"10,000 calls from {THREADS} threads: memory grew by {grown:,} bytes")
     assert tensors <= 0
-    assert grown < 1 << 20  # one vector left behind by each call would be more
+    assert grown < 4 << 20  # the vectors that each call returns would be 13 MB
 
 
 class Encoded(Dataset):
