@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState, DistributedType  # type: ignore[i
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .checkpoint import unfinished_checkpoints
 from .embedding import AdaptiveCompressedEmbedding
 from .report import size_report
 from .significance import token_significance
@@ -16,6 +17,9 @@ from .surgery import compressed_embeddings, require_compressed
 from .token_counts import count_tokens, input_name
 
 logger = logging.getLogger(__name__)
+
+BEGUN = "_adacomp_begun"
+"""Mark on the state of a training, of which the Trainer makes a new one each time: a callback has begun it."""
 
 
 class AdaCompCallback(TrainerCallback):
@@ -26,14 +30,31 @@ class AdaCompCallback(TrainerCallback):
     step it forwards `global_step / max_steps`, by which the embeddings anneal and then freeze; at the end it packs.
     Logs gain `adacomp/temperature`, `adacomp/bits_per_token`, `adacomp/ratio` and `adacomp/phase`.
 
-    Everything that training depends on lives in the checkpoint: a resumed run repeats the uninterrupted one.
+    Everything that training depends on lives in the checkpoint: a resumed run repeats the uninterrupted one. When the
+    Trainer is made, checkpoints that a killed training left half-written are named.
     """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Resuming would fail before the training begins, at the first file that is not whole, without its name.
+        folder = str(args.output_dir)
+        for name, fault in unfinished_checkpoints(folder).items():
+            logger.warning(
+                "%s in %s is half-written (%s): delete it, or resume from an earlier one, "
+                "trainer.train(resume_from_checkpoint=...)",
+                name,
+                folder,
+                fault,
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_sharding()
-        for embedding in require_compressed(kwargs["model"]).values():
+        embeddings = require_compressed(kwargs["model"]).values()
+        if hasattr(state, BEGUN):
+            raise ValueError("AdaCompCallback is twice among the Trainer's callbacks: pass it once")
+        setattr(state, BEGUN, True)
+        for embedding in embeddings:
             embedding.abandoned = False
             coder, loader, show_progress = embedding.coder, kwargs["train_dataloader"], not args.disable_tqdm
             if coder is None or coder.driven:

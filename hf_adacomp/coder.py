@@ -131,6 +131,20 @@ class TokenCoder(nn.Module):
             self.settle(code_bits)
             self.stage.fill_(ENCODE)
 
+    def validate(self, name: str) -> None:
+        """Raise ValueError if a tensor holds what training never does."""
+        for tensor_name, tensor, least, most in (
+            ("assignment", self.assignment, 0, len(self.config.lengths) - 1),
+            ("stage", self.stage, COLD, ENCODE),
+            ("progress", self.progress, -1, PROGRESS_UNIT),
+            ("token_counts", self.token_counts, 0, torch.iinfo(torch.int64).max),
+        ):
+            if not least <= int(tensor.min()) <= int(tensor.max()) <= most:
+                raise ValueError(
+                    f"{name}.{tensor_name} must be from {least} to {most}; the file holds {int(tensor.min())} to "
+                    f"{int(tensor.max())}: it is damaged"
+                )
+
     def restore_constants(self) -> None:
         """Mark the constants as such again after transformers loaded them as trainable parameters."""
         for constant in (self.source, self.token_counts, self.selector.cost):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ ANNEALS = ("exponential", "linear", "cosine")
 HEADS = ("compress", "dense")
 INTEGER_BITS = {"int4": 4, "int8": 8}
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LARGEST = sys.float_info.max
 CODEBOOK_DTYPES = (*INTEGER_BITS, *FLOAT_DTYPES)
 
 
@@ -102,7 +105,9 @@ class AdaCompConfig(QuantizationConfigMixin):
                 f"format_version={format_version} is not known to this hf_adacomp, which reads up to "
                 f"{FORMAT_VERSION}: upgrade hf_adacomp to load the file"
             )
-        if tables is not None and not isinstance(tables, Mapping):
+        if tables is not None and not (
+            isinstance(tables, Mapping) and all(isinstance(layout, Mapping) for layout in tables.values())
+        ):
             raise ValueError(f"tables must map module names to table layouts; got {tables!r}")
         self.tables: dict[str, dict[str, Any]] = {name: dict(layout) for name, layout in (tables or {}).items()}
 
@@ -118,6 +123,16 @@ class AdaCompConfig(QuantizationConfigMixin):
         config = copy.copy(self)
         config.code_lengths = _checked_lengths(code_lengths)
         return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As upstream; ValueError for a field that this release does not know."""
+        if unknown := config_dict.keys() - inspect.signature(cls).parameters.keys():
+            raise ValueError(
+                f"quantization_config has fields that this hf_adacomp does not know, {sorted(unknown)}: upgrade "
+                "hf_adacomp, or correct their names"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values; `AdaCompConfig(**config.to_dict())` gives an equal config."""
@@ -154,7 +169,7 @@ def _checked_lengths(code_lengths: Sequence[int] | str) -> tuple[int, ...]:
 def _number(
     name: str, value: float, *, above: float | None = None, least: float = -math.inf, most: float = math.inf
 ) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise ValueError(f"{name} must be a finite number; got {value!r}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be greater than {above}; got {value!r}")

@@ -13,9 +13,10 @@ from .codebook import BinaryCodebook
 from .coded_table import CodedTable, distinct, inverse
 from .coder import TokenCoder
 from .config import AUTO, AdaCompConfig
+from .layout import tensor_checksum
 from .length_choice import choose_code_lengths
 from .packed_codes import PackedCodes
-from .regularization import add_gradients, orthogonality, relative_error, sample_tokens
+from .regularization import add_gradients, finite_gradients, orthogonality, relative_error, sample_tokens
 from .source import checked_scale, checked_source, dense_embedding
 from .token_counts import checked_counts
 from .warm_start import warm_start
@@ -60,6 +61,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         super().__init__()
         source = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self._build(source.weight.data, config, source.padding_idx)
+        self.code_bits()  # refuse an impossible size here rather than at the warm start
 
     def _build(
         self, source: Tensor, config: AdaCompConfig, padding_idx: int | None, token_counts: Tensor | None = None
@@ -85,7 +87,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.coder: TokenCoder | None = TokenCoder(source, config)
         self.packed: PackedCodes | None = None
         self.abandoned = False  # whether training ended before the lengths were frozen
-        self.code_bits()  # refuse an impossible size here rather than at the warm start
+        self.diverged = False  # whether the task's last gradients were NaN or Inf
+        self.loading = False  # whether weights are on their way in and have not been checked yet
 
     @classmethod
     def from_embedding(
@@ -99,6 +102,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._build(source, config, embedding.padding_idx, token_counts)
+        module.code_bits()  # refuse an impossible size here rather than at the warm start
         module.scale, module.dense_class = checked_scale(embedding), type(embedding)
         module.train(embedding.training)
         if token_counts is not None:
@@ -111,9 +115,10 @@ class AdaptiveCompressedEmbedding(CodedTable):
     ) -> AdaptiveCompressedEmbedding:
         """An empty module on the meta device with the tensors that `layout` describes, ready to be loaded into."""
         config = config.with_lengths(layout["code_lengths"])
-        module = cls(
-            layout["num_embeddings"], layout["embedding_dim"], config, layout["padding_idx"], device="meta", dtype=dtype
-        )
+        source = torch.empty(layout["num_embeddings"], layout["embedding_dim"], device="meta", dtype=dtype)
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._build(source, config, layout["padding_idx"])
         module.zero_padding, module.scale = layout["zero_padding"], layout["scale"]
         if layout["tokens_per_length"] is not None:
             packed = PackedCodes(module.num_embeddings, config.lengths, layout["tokens_per_length"], device="meta")
@@ -130,7 +135,15 @@ class AdaptiveCompressedEmbedding(CodedTable):
             "zero_padding": self.zero_padding,
             "scale": self.scale,
             "tokens_per_length": list(self.packed.tokens_per_length) if self.packed else None,
+            "tensor_checksums": self.checksums(),
         }
+
+    def checksums(self) -> dict[str, int]:
+        """Checksums of the tensors that packing fixed for good, by name: codes, lengths, integer code vectors."""
+        if self.coder is not None:
+            return {}
+        stored = self.state_dict()
+        return {name: tensor_checksum(stored[name]) for name in stored if not stored[name].is_floating_point()}
 
     # Training
 
@@ -171,7 +184,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
         """Tell the module how far training is, between `backward()` and `optimizer.step()`.
 
         Sets temperature and price, freezes the lengths at `config.select_fraction`, and adds the gradients of the
-        regularisers. Once packed it does nothing.
+        regularisers. Once packed it does nothing. Gradients that are NaN or Inf, as the loss was, are dropped with a
+        warning.
 
         Args:
             fraction: Optimizer steps done over all steps, 0..1.
@@ -181,6 +195,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if self.coder is None:
             return
         self.ensure_warm()
+        self._leave_out_broken_gradients(fraction)
         self.coder.advance(fraction, self.code_bits())
         settings, source = self.config, self.coder.source
         loss = source.new_zeros(())
@@ -191,6 +206,18 @@ class AdaptiveCompressedEmbedding(CodedTable):
             loss = loss + settings.reconstruction_weight * relative_error(self.decode(tokens), source[tokens])
         if loss.requires_grad:
             add_gradients(loss, self.codebooks.parameters())
+
+    def _leave_out_broken_gradients(self, fraction: float) -> None:
+        finite = finite_gradients(self.parameters())
+        if not finite:
+            self.zero_grad()  # to None: an optimizer passes over what has no gradient
+            if not self.diverged:
+                logger.warning(
+                    "the gradients of the loss are NaN or Inf after %.2f %% of training: they are left out for the "
+                    "compressed table, which stays as it is. If the loss stays so, lower the learning rate",
+                    100 * fraction,
+                )
+        self.diverged = not finite
 
     def freeze_lengths(self) -> None:
         """Freeze each token's most likely code length at the stated size. Afterwards only codes are learned."""
@@ -253,7 +280,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:
         """As in `nn.Module`; entering eval mode settles the hard lengths of the moment."""
         super().train(mode)
-        if not mode and self.coder is not None and self.coder.warm:
+        if not mode and self.coder is not None and not self.loading and self.coder.warm:
             self.coder.settle(self.code_bits())
         return self
 

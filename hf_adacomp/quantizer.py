@@ -20,9 +20,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from .card import TAGS
+from .checkpoint import check_stored, check_tables, stored_tensors
 from .config import QUANT_METHOD, AdaCompConfig
 from .embedding import AdaptiveCompressedEmbedding
 from .hub import save_pretrained, upload_modified_files
+from .layout import check_layout, sealed
 from .surgery import compressed_embeddings, compressed_heads, config_ties, install, matching_table, put
 from .vocabulary import resize_token_embeddings
 
@@ -46,6 +48,7 @@ class AdaCompHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: AdaCompConfig, **kwargs: Any) -> None:
         # A copy: the layouts of this model's tables are noted in it.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self._checksums: dict[nn.Module, dict[str, int]] = {}  # of tables whose weights are being loaded
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -55,7 +58,12 @@ class AdaCompHfQuantizer(HfQuantizer):
                 "the quantization_config of the model has no `tables`, so that the shapes of its compressed table are "
                 "unknown; save the model again with model.save_pretrained"
             )
+        files = kwargs.get("checkpoint_files")
+        stored = None if files is None else stored_tensors(files)
+        if stored is not None:
+            check_tables(self.quantization_config.tables, stored)
         for stored_name, layout in self.quantization_config.tables.items():
+            check_layout(stored_name, layout, self.quantization_config)
             table = matching_table(model, stored_name)
             shape = (layout["num_embeddings"], layout["embedding_dim"])
             if tuple(table.owner.weight.shape) != shape:
@@ -70,9 +78,13 @@ class AdaCompHfQuantizer(HfQuantizer):
                     "does not tie it: set tie_word_embeddings to true in the model's config"
                 )
             new = AdaptiveCompressedEmbedding.from_layout(layout, self.quantization_config, table.owner.weight.dtype)
+            if stored is not None:  # transformers would make room for whatever the config claims
+                check_stored(stored_name, new.state_dict(), stored)
             new.dense_class = type(table.owner)
             put(model, table, new, self.quantization_config.head)
             new.__dict__["weight"] = _initialized()
+            new.loading = True
+            self._checksums[new] = layout["tensor_checksums"]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -82,7 +94,10 @@ class AdaCompHfQuantizer(HfQuantizer):
         for name, embedding in compressed_embeddings(model).items():
             del embedding.__dict__["weight"]
             _refuse_damaged(name, embedding)
+            _compare_checksums(name, embedding, self._checksums.pop(embedding))
             embedding.restore_constants()
+            embedding.loading = False
+            embedding.train(embedding.training)
         _redirect(model)
         return model
 
@@ -99,7 +114,9 @@ class AdaCompHfQuantizer(HfQuantizer):
             _refuse_unfinished(name, embedding)
         tied = [head.embedding for head in heads.values()]
         self.quantization_config.tables = {
-            name: {**embedding.layout(), "tied_head": any(embedding is owner for owner in tied)}
+            name: sealed(
+                {**embedding.layout(), "tied_head": any(embedding is owner for owner in tied)}, self.quantization_config
+            )
             for name, embedding in embeddings.items()
         }
         return None, {}
@@ -139,6 +156,23 @@ def _refuse_damaged(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
             raise ValueError(f"{name}.{key} holds NaN or Inf: the file is damaged")
     if embedding.packed is not None:
         embedding.packed.validate(f"{name}.packed")
+    if embedding.coder is not None:
+        embedding.coder.validate(f"{name}.coder")
+
+
+def _compare_checksums(name: str, embedding: AdaptiveCompressedEmbedding, saved: dict[str, int]) -> None:
+    found = embedding.checksums()
+    if found.keys() != saved.keys():
+        raise ValueError(
+            f"{name}: tensor_checksums of the table's layout in quantization_config must name {sorted(found)}; it "
+            f"names {sorted(saved)}"
+        )
+    for tensor, checksum in found.items():
+        if checksum != saved[tensor]:
+            raise ValueError(
+                f"{name}.{tensor} has the checksum {checksum}, but {saved[tensor]} when it was saved: the file is "
+                "damaged; copy or download it again"
+            )
 
 
 def _refuse_unfinished(name: str, embedding: AdaptiveCompressedEmbedding) -> None:

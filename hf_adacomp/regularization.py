@@ -33,6 +33,12 @@ def relative_error(decoded: Tensor, source: Tensor) -> Tensor:
     return (decoded - source).square().sum() / source.square().sum().clamp_min(torch.finfo(source.dtype).tiny)
 
 
+def finite_gradients(parameters: Iterable[torch.nn.Parameter]) -> bool:
+    """Whether no gradient holds NaN or Inf, by one sum for each: a mask would be as large as the table."""
+    sums = [parameter.grad.sum(dtype=torch.float32) for parameter in parameters if parameter.grad is not None]
+    return not sums or bool(torch.stack(sums).isfinite().all())
+
+
 def add_gradients(loss: Tensor, parameters: Iterable[torch.nn.Parameter]) -> None:
     """Add the gradients of `loss` to those that the task left.
 

@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import importlib
 import importlib.util
 import random
+import socket
 import sys
 from pathlib import Path
 
@@ -30,6 +31,21 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 def command_line(options: dict[str, object]) -> list[str]:
     """The words that give an example script these options."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _offline():
+    """No test reaches another machine."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if self.family != getattr(socket, "AF_UNIX", None) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise ConnectionRefusedError(f"tests are offline; {address} was asked for")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -136,3 +136,69 @@ def test_nibbles_come_back(rows, dim, seed):
 
 def test_nibbles_have_the_documented_layout():
     assert packing.pack_nibbles(torch.tensor([[-7, 7, 0]], dtype=torch.int8)).tolist() == [[0x81, 0x0F]]
+
+
+def test_everything_stays_on_its_device():
+    """Meta tensors refuse to meet tensors of another device, so that one machine stands for all."""
+    assignment, rows = (
+        torch.zeros(70, dtype=torch.uint8, device="meta"),
+        torch.zeros(9, dtype=torch.int64, device="meta"),
+    )
+    for num_lengths in (1, 3, 5):
+        lengths = packing.pack_lengths(assignment, num_lengths)
+        ranks = packing.block_ranks(assignment, num_lengths)
+        places = packing.locate(lengths, ranks, rows, 70)
+        found = [lengths, ranks, *places, packing.unpack_assignment(lengths, 70, num_lengths)]
+        assert {tensor.device.type for tensor in found} == {"meta"}
+    for length in (5, 16):
+        codes = packing.pack_bits(torch.zeros(9, length, device="meta"))
+        assert packing.unpack_rows(codes, rows, length).is_meta
+    assert packing.unpack_nibbles(torch.zeros(3, 4, dtype=torch.uint8, device="meta"), 7).is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_bits_of_any_dtype_are_packed_alike(dtype):
+    bits = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=dtype)
+    assert packing.pack_bits(bits).tolist() == [0b110_101]
+    assert packing.pack_bits(bits).dtype == torch.uint8
+
+
+def test_dtypes_are_the_documented_ones():
+    tokens = torch.arange(40)
+    for num_lengths, length in ((1, 8), (3, 5), (6, 16)):
+        assignment = (tokens % num_lengths).to(torch.uint8)
+        lengths, ranks = packing.pack_lengths(assignment, num_lengths), packing.block_ranks(assignment, num_lengths)
+        own, places = packing.locate(lengths, ranks, tokens, 40)
+        assert (lengths.dtype, ranks.dtype, own.dtype, places.dtype) == (
+            torch.uint8,
+            torch.int32,
+            torch.uint8,
+            torch.int64,
+        )
+        assert ranks.shape == (2, num_lengths)
+        assert packing.unpack_assignment(lengths, 40, num_lengths).dtype == torch.uint8
+        codes = packing.pack_bits(torch.ones(40, length))
+        assert packing.unpack_rows(codes, tokens, length).dtype == torch.float32
+    nibbles = torch.zeros(2, 3, dtype=torch.uint8)
+    assert packing.unpack_nibbles(nibbles, 6).dtype == torch.int8
+    assert packing.unpack_nibbles(nibbles, 6, torch.bfloat16).dtype == torch.bfloat16
+    assert packing.block_ranks(torch.zeros(64, dtype=torch.uint8), 2).shape == (2, 2)  # no row beyond the last block
+
+
+def test_a_share_for_every_length_is_needed():
+    with pytest.raises(ValueError, match="zip"):
+        packing.group_bytes([1, 2], [3, 4, 5])
+
+
+def test_any_bit_beyond_the_last_is_found():
+    for bits in (1, 7, 9, 16):
+        data = torch.zeros(2, dtype=torch.uint8)
+        packing.check_padding(data, bits, "t")
+        for beyond in range(bits, 8 * -(-bits // 8)):
+            damaged = data.clone()
+            damaged[beyond // 8] = 1 << beyond % 8
+            with pytest.raises(ValueError, match=f"^t: padding bits after the last of {bits} bits are set"):
+                packing.check_padding(damaged, bits, "t")
+        if bits % 8:
+            data[bits // 8] = (1 << bits % 8) - 1  # all that are allowed
+            packing.check_padding(data, bits, "t")

@@ -93,3 +93,49 @@ def test_a_size_that_does_not_bind_keeps_costs_comparable_to_noise():
     single = LengthSelector(5, (8,), 400.0)
     single.set_cost(torch.rand(5, 1), 40)
     assert torch.isfinite(single.cost).all()
+
+
+def test_starts_without_preference_at_the_longest_codes_price():
+    module = LengthSelector(6, LENGTHS, 400.0, dtype=torch.float64)
+    assert (module.gain, module.code_lengths) == (400.0, LENGTHS)
+    assert {name: tensor.dtype for name, tensor in module.state_dict().items()} == dict.fromkeys(
+        ("offset", "cost", "price"), torch.float64
+    )
+    assert float(module.price) == SHARPNESS / LENGTHS[-1]
+    assert not module.offset.any()
+    assert not module.cost.any()
+    assert module.offset.shape == module.cost.shape == (6, 3)
+    assert [name for name, parameter in module.named_parameters() if parameter.requires_grad] == ["offset"]
+
+
+def test_everything_stays_on_its_device():
+    """Meta tensors refuse to meet tensors of another device, so that one machine stands for all."""
+    module = LengthSelector(6, LENGTHS, 400.0, device="meta")
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+    assert module(torch.zeros(2, dtype=torch.int64, device="meta"), 0.5, torch.zeros(2, 3, device="meta")).is_meta
+
+
+def test_costs_keep_their_proportions_and_learned_offsets_are_forgotten():
+    module = selector(tokens=200, gain=400.0)
+    distortion = torch.rand(200, 3).sort(dim=1, descending=True).values
+    module.set_cost(distortion, 200 * 10)
+    ratio = module.cost / distortion
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio))
+    assert not module.offset.any()
+    assert torch.equal(module.solve(200 * 10)[0], module.solve(200 * 10)[0])
+
+
+@pytest.mark.parametrize("lengths", [(8,), (4, 12)])
+def test_costs_that_say_nothing_are_left_at_their_scale(lengths):
+    """Where longer codes save nothing there is no price to scale by."""
+    module = LengthSelector(5, lengths, 400.0, dtype=torch.float64)
+    distortion = torch.rand(5, 1, dtype=torch.float64).expand(5, len(lengths))
+    module.set_cost(distortion, 5 * lengths[-1])
+    assert torch.equal(module.cost, distortion)
+    assert float(module.price) == 0
+
+
+def test_price_of_a_size_that_does_not_bind_is_what_a_bit_saves():
+    module = LengthSelector(2, (4, 12), 1.0, dtype=torch.float64)
+    module.set_cost(torch.tensor([[3.0, 1.0], [5.0, 1.0]]), 2 * 12)  # 2 and 4 for 8 bits: 3/8 a bit
+    assert torch.allclose(module.cost, torch.tensor([[3.0, 1.0], [5.0, 1.0]]).double() * SHARPNESS / (3 / 8 * 12))
