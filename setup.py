@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["hf_adacomp", "hf_adacomp.*"]),
     package_data={"hf_adacomp": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate>=1.2", "safetensors", "tqdm"],
+    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate>=1.8", "safetensors", "tqdm"],
     extras_require={"demo": DEMO, "benchmark": BENCHMARK, "test": TEST, "dev": DEV},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )
