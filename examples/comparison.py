@@ -16,6 +16,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from huggingface_hub import EvalResult
 from transformers import (
     EvalPrediction,
     HfArgumentParser,
@@ -26,18 +27,31 @@ from transformers import (
     set_seed,
 )
 
-from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, size_report, token_table
+from hf_adacomp import (
+    AdaCompCallback,
+    AdaCompConfig,
+    compress,
+    push_model_card,
+    save_model_card,
+    size_report,
+    token_table,
+)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task as a `Trainer` needs it: tokenized splits with `labels` (-100 where none counts) and a model to train."""
+    """A task as a `Trainer` needs it: tokenized splits with `labels` (-100 where none counts) and a model to train.
+
+    `kind` and `data_name` are what the Hub calls the task and what a model card calls the data.
+    """
 
     splits: DatasetDict
     labels: list[str]
     tokenizer: PreTrainedTokenizerBase
     new_model: Callable[[], PreTrainedModel]
     collator: Callable
+    kind: str = "text-classification"
+    data_name: str = "texts of the training files"
 
     def token_counts(self, num_embeddings: int) -> torch.Tensor:
         """Occurrences of each token in the training split, (V,)."""
@@ -167,6 +181,35 @@ def print_report(figures: dict) -> None:
             print(f"{row['token']:<20}{row['bits']:>6}{row['count']:>8}")
 
 
+def write_card(trainer: Trainer, model: PreTrainedModel, task: Task, figures: dict) -> None:
+    """Add test accuracies to the card of the saved model, and of the pushed one."""
+    scores = [
+        [
+            EvalResult(
+                task_type=task.kind,
+                dataset_type=task.data_name,
+                dataset_name=task.data_name,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_value=round(figures[stage]["test_accuracy"], 4),
+            )
+        ]
+        for stage in ("compressed", "dense")
+        if stage in figures
+    ]
+    results, dense_results = scores[0], scores[1] if len(scores) > 1 else []
+    save_model_card(model, trainer.args.output_dir, results=results, dense_results=dense_results)
+    if trainer.args.push_to_hub:
+        push_model_card(
+            model,
+            trainer.hub_model_id,
+            results=results,
+            dense_results=dense_results,
+            token=trainer.args.hub_token,
+            revision=trainer.args.hub_revision,
+        )
+
+
 def compare(
     task: Task, compression_args: CompressionArguments, dense_args: TrainingArguments
 ) -> tuple[PreTrainedModel, dict]:
@@ -190,6 +233,7 @@ def compare(
     )
     compressed_args = copy.copy(dense_args)
     compressed_args.learning_rate = compression_args.compression_learning_rate
+    dense_args.push_to_hub = False
     if not compression_args.one_run:
         compressed_args.num_train_epochs = compression_args.compression_epochs
     dense_args.output_dir, compressed_args.output_dir = (
@@ -215,6 +259,7 @@ def compare(
     if not compression_args.one_run:
         figures["compressed"]["epochs"] += figures["dense"]["epochs"]  # it has seen the task for longer
 
+    write_card(trainer, model, task, figures)
     size = size_report(model)
     parts = "dense_bytes codes_bytes lengths_bytes codebook_bytes total_bytes ratio bits_per_token"
     figures["size"] = {part: getattr(size, part) for part in parts.split()}

@@ -40,6 +40,13 @@ class DataTrainingArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "... validation texts."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "... test texts."})
 
+    @property
+    def data_name(self) -> str:
+        """What a model card calls the data."""
+        if self.train_file is not None:
+            return Path(self.train_file).name.split(".")[0]
+        return self.dataset_name or "docstrings of libraries"
+
 
 def load_splits(args: DataTrainingArguments, seed: int) -> DatasetDict:
     """Train, validation and test texts; what is not given is held out from the training texts."""

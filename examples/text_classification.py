@@ -34,7 +34,8 @@ def text_classification(model_args: ModelArguments, data_args: DataTrainingArgum
             name, id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}
         )
 
-    return Task(splits, labels, tokenizer, new_model, DataCollatorWithPadding(tokenizer))
+    collator = DataCollatorWithPadding(tokenizer)
+    return Task(splits, labels, tokenizer, new_model, collator, data_name=data_args.data_name)
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -85,7 +85,8 @@ def token_classification(args: TaggingArguments, seed: int) -> Task:
         )
 
     splits = raw.map(encode, batched=True, remove_columns=["words", "tags"], desc="Tokenizing")
-    return Task(splits, labels, tokenizer, new_model, DataCollatorForTokenClassification(tokenizer))
+    collator = DataCollatorForTokenClassification(tokenizer)
+    return Task(splits, labels, tokenizer, new_model, collator, kind="token-classification")
 
 
 def main(arguments: list[str] | None = None) -> dict:

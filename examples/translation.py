@@ -71,7 +71,7 @@ class TranslationArguments(VariantArguments, TranslationFiles):
 class TranslationTrainingArguments(ShortTrainingArguments, Seq2SeqTrainingArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the dense training."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or share of steps, that it rises over."})
-    num_train_epochs: float = field(default=8.0, metadata={"help": "Epochs of the dense training."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Epochs of the dense training."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Sentences in a training step."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Share of the loss for all other tokens."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Scores are those of translations."})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from accelerate.state import AcceleratorState, DistributedType  # type: ignore[import-untyped]  # it ships no types
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -48,6 +49,7 @@ class AdaCompCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _refuse_sharding()
         embeddings = require_compressed(kwargs["model"]).values()
         if hasattr(state, BEGUN):
             raise ValueError("AdaCompCallback is twice among the Trainer's callbacks: pass it once")
@@ -113,6 +115,18 @@ class AdaCompCallback(TrainerCallback):
                 )
             else:
                 embedding.pack()
+
+
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def _refuse_sharding() -> None:
+    kind = AcceleratorState().distributed_type
+    if kind in SHARDING:
+        raise ValueError(
+            f"training a compressed table under {kind.value} is not supported: it shards what every process needs "
+            "whole to meet the size. Train with DDP (accelerate launch --multi_gpu), or train the packed model there"
+        )
 
 
 def _id_names(model: nn.Module, embedding: AdaptiveCompressedEmbedding) -> list[str]:

@@ -116,6 +116,9 @@ class BinaryCodebook(nn.Module):
     encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see code vectors as they will
     be stored (rounded to `storage`), with gradients passed straight through the rounding and through the step H.
 
+    A vector is the sum of about L/2 code vectors. If an optimizer moved each by its learning rate, vectors would move
+    by many times that: training therefore holds `C = rate * weight` with `rate = sqrt(2 / L)`.
+
     Args:
         length: Number of code vectors, i.e. bits of a code.
         dim: Width d of the vectors.
@@ -137,8 +140,10 @@ class BinaryCodebook(nn.Module):
         self.length, self.dim, self.tied, self.storage = length, dim, tied, storage
         self.integer_bits = INTEGER_BITS.get(storage)
         self.packed = False
+        self.rate = min(1.0, (2 / length) ** 0.5)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5)
+        self.weight = nn.Parameter(torch.randn(length, dim, **options))
+        self.set_vectors(self.weight.detach() / length**0.5)
         self.bias = nn.Parameter(torch.zeros(dim, **options))
         self.encoder_bias = nn.Parameter(torch.zeros(length, **options))
         self.encoder_scale = nn.Parameter(torch.ones(1, **options), requires_grad=False)
@@ -182,12 +187,18 @@ class BinaryCodebook(nn.Module):
         return 8 * max(1, BITS_PER_BLOCK // (8 * max(self.length, self.dim)))
 
     def code_vectors(self) -> Tensor:
-        """The (L, d) code vectors as stored; gradients reach `weight` (or `scale` once packed as integers)."""
+        """The (L, d) code vectors as stored; gradients reach `weight` (`scale` once packed as integers)."""
         if self.packed and self.integer_bits:
             if self.integer_bits == 8:
                 return self.weight.to(self.scale.dtype) * self.scale
             return packing.unpack_nibbles(self.weight, self.dim, self.scale.dtype) * self.scale
-        return self.weight + (self.round(self.weight.detach()) - self.weight).detach()
+        vectors: Tensor = self.rate * self.weight
+        return vectors + (self.round(vectors.detach()) - vectors).detach()
+
+    @torch.no_grad()
+    def set_vectors(self, vectors: Tensor) -> None:
+        """Take over code vectors, (L, d)."""
+        self.weight.copy_(vectors / self.rate)
 
     def round(self, vectors: Tensor) -> Tensor:
         """Code vectors (L, d) as storing rounds them."""
@@ -211,6 +222,7 @@ class BinaryCodebook(nn.Module):
         del self.encoder_bias, self.encoder_scale
         if not self.tied:
             del self.encoder_weight
+        self.weight.data, self.rate = self.rate * self.weight.data, 1.0
         if self.integer_bits:
             integers, scale = quantize_rows(self.weight.detach(), self.integer_bits)
             del self.weight

@@ -61,8 +61,8 @@ class CodedTable(nn.Module):
         """Gumbel-softmax mixture over all code lengths of distinct tokens, (N,) -> (N, d)."""
         coder = self.require_coder("a mixture of lengths")
         decoded = torch.stack([book.decode(self.bits(k, tokens)) for k, book in enumerate(self.books())], dim=1)
-        mixture: Tensor = (coder.selector(tokens, coder.temperature)[:, :, None] * decoded).sum(dim=1)
-        return self._straight_through(tokens, mixture)
+        mixture: Tensor = (coder.shares(tokens)[:, :, None] * decoded).sum(dim=1)
+        return mixture
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Vectors of tokens from their hard lengths and bits, (N,) -> (N, d)."""
@@ -78,27 +78,20 @@ class CodedTable(nn.Module):
         bias = self.book(0).bias
         vectors = bias.new_empty(len(tokens), self.embedding_dim)
         if torch.is_grad_enabled():
-            decoded = torch.cat([vectors[:0], *(book.decode(bits) for book, bits in groups)])
-            return order, self._straight_through(tokens[order], decoded)
+            return order, torch.cat([vectors[:0], *(book.decode(bits) for book, bits in groups)])
         start = 0
         for book, bits in groups:  # in place, as a table of many rows is as slow to copy as to decode
             book.decode(bits, out=vectors[start : start + len(bits)])
             start += len(bits)
         return order, vectors
 
-    def _straight_through(self, tokens: Tensor, vectors: Tensor) -> Tensor:
-        """`vectors` of tokens, (N, d), whose gradient in training reaches the source vectors as it is."""
-        if self.coder is None or not self.training or not self.coder.source.requires_grad:
-            return vectors
-        source = self.coder.source[tokens]
-        return vectors + (source - source.detach())
-
     def _decode_all_lengths(self, tokens: Tensor) -> Tensor:
         """As `decode`, with shapes that do not depend on values: every token is looked up in every packed group."""
         packed = self.require_packed()
         lengths, places = packed.locate(tokens)
         bias = self.book(0).bias
-        vectors = torch.zeros(len(tokens), self.embedding_dim, dtype=bias.dtype, device=bias.device)
+        shape = (tokens.shape[0], self.embedding_dim)  # len(tokens) would be fixed in an exported graph
+        vectors = torch.zeros(shape, dtype=bias.dtype, device=bias.device)
         for k, book in enumerate(self.books()):
             if packed.tokens_per_length[k]:
                 own = lengths == k
@@ -118,7 +111,7 @@ class CodedTable(nn.Module):
         """
         book = self.book(k)
         if self.coder is not None:
-            return book.encode(self.coder.source.detach()[places])
+            return book.encode(self.coder.source[places])
         return self.require_packed().bits(k, places).to(book.bias.dtype)
 
     def assignment(self) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import AdaCompConfig
 from .schedule import phase_at, temperature_at
-from .selection import LengthSelector
+from .selection import LengthSelector, gumbel_noise
 from .token_counts import checked_counts
 
 COLD, SELECT, ENCODE = range(3)
@@ -38,8 +38,8 @@ class TokenCoder(nn.Module):
         super().__init__()
         self.config = config
         options: dict[str, Any] = {"device": source.device}
-        # Parameters, even where constant: DDP broadcasts buffers on every forward pass.
-        self.source = nn.Parameter(source, requires_grad=config.train_source)
+        # Parameters without gradient rather than buffers: DDP broadcasts buffers on every forward pass.
+        self.source = nn.Parameter(source, requires_grad=False)
         self.token_counts = nn.Parameter(torch.zeros(len(source), dtype=torch.int64, **options), requires_grad=False)
         self.selector = LengthSelector(
             len(source), config.lengths, config.selection_gain, dtype=source.dtype, **options
@@ -47,6 +47,7 @@ class TokenCoder(nn.Module):
         self.register_buffer("assignment", torch.zeros(len(source), dtype=torch.uint8, **options))
         self.register_buffer("stage", torch.tensor(COLD, dtype=torch.uint8, **options))
         self.register_buffer("progress", torch.tensor(-1, dtype=torch.int64, **options))
+        self._noise: tuple[int, Tensor] | None = None
 
     @property
     def phase(self) -> str:
@@ -74,6 +75,19 @@ class TokenCoder(nn.Module):
             settings.select_fraction,
             settings.anneal,
         )
+
+    def shares(self, tokens: Tensor) -> Tensor:
+        """Gumbel-softmax shares of the code lengths of tokens at the current progress, (N,) -> (N, n).
+
+        The noise is a function of seed and progress: all places of a table, the micro-batches of a step, all processes
+        and a resumed run see the same.
+        """
+        moment = int(self.progress)
+        if self._noise is None or self._noise[0] != moment:
+            offset, seed = self.selector.offset, self.config.seed * 1_000_003 + moment
+            self._noise = moment, gumbel_noise(len(offset), offset.shape[1], seed, offset.device, offset.dtype)
+        shares: Tensor = self.selector(tokens, self.temperature, self._noise[1][tokens])
+        return shares
 
     def set_counts(self, token_counts: Tensor) -> None:
         """Take over token counts, (V,)."""
@@ -133,6 +147,5 @@ class TokenCoder(nn.Module):
 
     def restore_constants(self) -> None:
         """Mark the constants as such again after transformers loaded them as trainable parameters."""
-        self.source.requires_grad_(self.config.train_source)
-        for constant in (self.token_counts, self.selector.cost):
+        for constant in (self.source, self.token_counts, self.selector.cost):
             constant.requires_grad_(False)

@@ -39,8 +39,6 @@ class AdaCompConfig(QuantizationConfigMixin):
         select_fraction: Share of training that learns the lengths; the rest trains the codes of frozen lengths. 0
             keeps the lengths of the warm start.
         tied: Whether the encoder's weights follow the code vectors (`F_k = s_k C_k`) or are learned apart.
-        train_source: Whether training moves the source vectors by the gradients of the vectors that stand for them, and
-            so the bits, straight through the codes. Costs what training a dense table costs.
         orthogonality_weight: Weight of `|C_k C_k^T / scale - I|^2 / L_k`, averaged over the code-books.
         reconstruction_weight: Weight of the relative squared error of the decoded against the source vectors.
         codebook_dtype: How code vectors are stored: `"int4"` or `"int8"` (with one float scale a vector), `"float16"`,
@@ -68,7 +66,6 @@ class AdaCompConfig(QuantizationConfigMixin):
         anneal: str = "exponential",
         select_fraction: float = 0.5,
         tied: bool = True,
-        train_source: bool = True,
         orthogonality_weight: float = 0.01,
         reconstruction_weight: float = 0.1,
         codebook_dtype: str = "int4",
@@ -95,7 +92,6 @@ class AdaCompConfig(QuantizationConfigMixin):
         self.anneal = _choice("anneal", anneal, ANNEALS)
         self.select_fraction = _number("select_fraction", select_fraction, least=0, most=1)
         self.tied = _boolean("tied", tied)
-        self.train_source = _boolean("train_source", train_source)
         self.orthogonality_weight = _number("orthogonality_weight", orthogonality_weight, least=0)
         self.reconstruction_weight = _number("reconstruction_weight", reconstruction_weight, least=0)
         self.codebook_dtype = _choice("codebook_dtype", codebook_dtype, CODEBOOK_DTYPES)

@@ -163,7 +163,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if token_counts is not None:
             coder.set_counts(token_counts)
         bits, seed = self.code_bits(), self.config.seed
-        cost = warm_start(list(self.books()), self.source_table(), coder.token_counts, bits, seed, show_progress)
+        cost = warm_start(list(self.books()), coder.source, coder.token_counts, bits, seed, show_progress)
         coder.start(cost, bits)
 
     def weigh(self, significance: Tensor) -> None:
@@ -197,7 +197,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.ensure_warm()
         self._leave_out_broken_gradients(fraction)
         self.coder.advance(fraction, self.code_bits())
-        settings, source = self.config, self.source_table()
+        settings, source = self.config, self.coder.source
         loss = source.new_zeros(())
         if settings.orthogonality_weight:
             loss = loss + settings.orthogonality_weight * orthogonality(self.books())

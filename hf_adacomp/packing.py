@@ -67,7 +67,7 @@ def unpack_rows(packed: Tensor, rows: Tensor, length: int) -> Tensor:
     """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> float32 0/1 (N, length)."""
     if length % 8 == 0:
         octets = whole_bytes(packed, length).index_select(0, rows).to(torch.int32)
-        return F.embedding(octets, BYTE_BITS.to(packed.device)).view(len(rows), length)
+        return F.embedding(octets, BYTE_BITS.to(packed.device)).view(-1, length)
     position = rows[:, None] * length + torch.arange(length, device=packed.device)
     return ((packed[position >> 3] >> (position & 7).to(torch.uint8)) & 1).to(torch.float32)
 
@@ -86,11 +86,8 @@ def pack_nibbles(integers: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor, dim: int, dtype: torch.dtype = torch.int8) -> Tensor:
     """Undo `pack_nibbles`: uint8 (L, ceil(d / 2)) -> (L, d) of `dtype`."""
-    half = packed.shape[1]
-    integers = torch.empty(len(packed), 2 * half, dtype=dtype, device=packed.device)
-    integers[:, :half] = packed & 15
-    integers[:, half:] = packed >> 4
-    return integers.sub_(8)[:, :dim]
+    halves = torch.cat([packed & 15, packed >> 4], dim=1)
+    return halves.to(dtype).sub_(8)[:, :dim]
 
 
 def pack_lengths(assignment: Tensor, num_lengths: int) -> Tensor:
@@ -107,8 +104,8 @@ def unpack_lengths(rows: Tensor, num_lengths: int) -> Tensor:
     pieces: Tensor = ((rows[:, :, None] >> place) & (2**step - 1)).flatten(1)
     if step == width:
         return pieces
-    pieces = pieces.unflatten(1, (-1, width)) << torch.arange(width, device=rows.device)
-    return pieces.sum(dim=2, dtype=torch.uint8)
+    pieces = pieces.unflatten(1, (-1, width)) << torch.arange(width, device=rows.device, dtype=torch.uint8)
+    return pieces.sum(dim=2, dtype=torch.int32).to(torch.uint8)  # runtimes of exported graphs sum no bytes
 
 
 def _blocks(lengths: Tensor, num_tokens: int, num_lengths: int) -> Tensor:

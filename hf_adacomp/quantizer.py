@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -18,12 +19,21 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from .card import TAGS
 from .checkpoint import check_stored, check_tables, stored_tensors
 from .config import QUANT_METHOD, AdaCompConfig
 from .embedding import AdaptiveCompressedEmbedding
+from .hub import save_pretrained, upload_modified_files
 from .layout import check_layout, sealed
 from .surgery import compressed_embeddings, compressed_heads, config_ties, install, matching_table, put
 from .vocabulary import resize_token_embeddings
+
+REDIRECTED: dict[str, Callable[..., Any]] = {
+    "resize_token_embeddings": resize_token_embeddings,
+    "save_pretrained": save_pretrained,
+    "_upload_modified_files": upload_modified_files,
+}
+"""Methods that a compressed model has of its own."""
 
 
 class AdaCompHfQuantizer(HfQuantizer):
@@ -79,7 +89,7 @@ class AdaCompHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             install(model, self.quantization_config)
-            _redirect_resizing(model)
+            _redirect(model)
             return model
         for name, embedding in compressed_embeddings(model).items():
             del embedding.__dict__["weight"]
@@ -88,7 +98,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             embedding.restore_constants()
             embedding.loading = False
             embedding.train(embedding.training)
-        _redirect_resizing(model)
+        _redirect(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -184,19 +194,22 @@ def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:
     """Make `save_pretrained` and `Trainer` treat `model` as one that `from_pretrained` had compressed."""
     model.config.quantization_config = quantizer.quantization_config
     setattr(model, "hf_quantizer", quantizer)  # noqa: B010  # transformers declares no such attribute
-    _redirect_resizing(model)
+    _redirect(model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: the model saves as a plain one."""
     quantizer: Any = model.__dict__["hf_quantizer"]
     quantizer.remove_quantization_config(model)
-    del model.__dict__["resize_token_embeddings"]
+    for name in REDIRECTED:
+        del model.__dict__[name]
+    model.model_tags = [tag for tag in model.model_tags or () if tag not in TAGS]
 
 
-def _redirect_resizing(model: PreTrainedModel) -> None:
+def _redirect(model: PreTrainedModel) -> None:
     # A partial object is copied and pickled along with the model that it holds.
-    model.__dict__["resize_token_embeddings"] = partial(resize_token_embeddings, model)
+    model.__dict__.update({name: partial(function, model) for name, function in REDIRECTED.items()})
+    model.add_model_tags([*TAGS])
 
 
 def register() -> None:

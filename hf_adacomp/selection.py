@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .budget import assign_lengths
 
@@ -28,6 +27,12 @@ class _Amplify(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
         return grad[0], None
+
+
+def gumbel_noise(tokens: int, lengths: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Gumbel(0, 1) noise of all tokens, (tokens, lengths): a function of the arguments."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return -torch.empty(tokens, lengths, device=device, dtype=dtype).exponential_(generator=generator).log()
 
 
 class LengthSelector(nn.Module):
@@ -69,10 +74,13 @@ class LengthSelector(nn.Module):
         learned: Tensor = _Amplify.apply(self.offset[tokens], self.gain)  # type: ignore[no-untyped-call]
         return learned - self.cost[tokens]
 
-    def forward(self, tokens: Tensor, temperature: float) -> Tensor:
-        """One Gumbel-softmax sample for each token, (N,) -> (N, n), rows on the simplex (Jang et al. 2017)."""
+    def forward(self, tokens: Tensor, temperature: float, noise: Tensor) -> Tensor:
+        """Gumbel-softmax sample of each token, (N,) -> (N, n), rows on the simplex (Jang et al. 2017).
+
+        `noise` is `gumbel_noise` of the same tokens, (N, n).
+        """
         lengths = torch.tensor(self.code_lengths, device=self.price.device, dtype=self.price.dtype)
-        return F.gumbel_softmax(self.scores(tokens) - self.price * lengths, tau=temperature)
+        return ((self.scores(tokens) - self.price * lengths + noise) / temperature).softmax(dim=-1)
 
     @torch.no_grad()
     def set_cost(self, distortion: Tensor, code_bits: int) -> None:

@@ -84,7 +84,7 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
     # Drives of about unit size: gradients pass the step where a bit is near its threshold.
     scale = 1 / (x @ vectors.T).std(correction=0).clamp_min(1e-6)
     # Back to the table's units: x_table = unit * x + mean.
-    book.weight.copy_(vectors * unit)
+    book.set_vectors(vectors * unit)
     book.bias.copy_(bias * unit + mean)
     book.encoder_scale.copy_(scale / unit**2)
     book.encoder_bias.zero_()

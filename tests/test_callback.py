@@ -2,9 +2,11 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import LENGTHS, VOCABULARY, tiny_bert_config
 from torch.utils.data import Dataset
 from transformers import (
@@ -246,3 +248,12 @@ def test_packed_model_trains_on_with_fixed_bits(packed_bert, ids, tmp_path):
     trainer.save_model(tmp_path / "second")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second")
     assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_training_is_refused_by_name(tmp_path, monkeypatch, kind):
+    trainer = new_trainer(new_model(), tmp_path, [AdaCompCallback()])
+    state = SimpleNamespace(distributed_type=DistributedType(kind))
+    monkeypatch.setattr("hf_adacomp.callback.AcceleratorState", lambda: state)
+    with pytest.raises(ValueError, match=f"under {kind} is not supported: it shards .* Train with DDP"):
+        trainer.train()

@@ -85,7 +85,8 @@ def test_decode_is_the_sum_of_active_code_vectors_and_the_bias():
     module = book()
     bits = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0]], dtype=torch.float64)
     decoded = module.decode(bits)
-    assert torch.allclose(decoded[0], module.weight[0] + module.weight[2] + module.weight[5] + module.bias)
+    vectors = module.code_vectors()
+    assert torch.allclose(decoded[0], vectors[0] + vectors[2] + vectors[5] + module.bias)
     assert torch.equal(decoded[1], module.bias)
     bits.requires_grad_()
     assert gradcheck(lambda *_: module.decode(bits), (bits, module.weight, module.bias))
@@ -97,7 +98,7 @@ def test_training_sees_the_stored_vectors_and_packing_keeps_them(storage):
     bits = torch.randint(0, 2, (9, 6)).float()
     before = module.decode(bits)
     before.sum().backward()
-    expected = bits.sum(0)[:, None].expand(6, 4)
+    expected = module.rate * bits.sum(0)[:, None].expand(6, 4)
     assert torch.allclose(module.weight.grad, expected)  # straight through the rounding
     module.pack()
     assert torch.equal(module.decode(bits), before)
@@ -142,3 +143,16 @@ def test_reconstruct_in_blocks_is_encode_and_decode(monkeypatch):
     x = torch.randn(100, 4, dtype=torch.float64)
     assert module.block == 8
     assert torch.allclose(module.reconstruct(x), module.decode(module.encode(x)))
+
+
+@pytest.mark.parametrize("length", [1, 8, 512])
+def test_a_step_of_the_optimizer_moves_vectors_by_about_sqrt_half_length_steps(length):
+    """Not by L/2: all code vectors of a code move the same way if its gradient says so."""
+    module = BinaryCodebook(length, 4, tied=True, storage="float32")
+    bits = torch.ones(1, length)
+    before = module.decode(bits).detach()
+    module.decode(bits).sum().backward()
+    torch.optim.Adam([module.weight], lr=1e-3).step()
+    moved = (before - module.decode(bits)).abs()
+    assert torch.allclose(moved, torch.full_like(moved, 1e-3 * length * module.rate), rtol=1e-2)
+    assert module.rate == pytest.approx(min(1, (2 / length) ** 0.5))

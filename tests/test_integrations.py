@@ -36,10 +36,12 @@ def test_compiles_as_one_graph(name, counts, ids):
 
 def test_encoder_exports(config, counts, ids):
     model = pack(compress(BertModel(tiny_bert_config()).eval(), config, counts)).eval()
-    program = torch.export.export(model, (), {"input_ids": ids})
-    with torch.no_grad():
-        found = program.module()(input_ids=ids).last_hidden_state
-        assert torch.allclose(found, model(ids).last_hidden_state, atol=1e-5)
+    axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=32)}
+    program = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes={"input_ids": axes})
+    for texts in (ids, ids[:2, :5]):
+        with torch.no_grad():
+            found = program.module()(input_ids=texts).last_hidden_state
+            assert torch.allclose(found, model(texts).last_hidden_state, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

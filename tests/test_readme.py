@@ -8,6 +8,8 @@ import torch
 from conftest import VOCABULARY
 from transformers import BertForSequenceClassification
 
+from hf_adacomp.cli import _parser
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -23,3 +25,22 @@ def test_example_runs(bert, tmp_path, monkeypatch):
     exec(compile(example, str(README), "exec"), names)
     assert isinstance(names["model"], BertForSequenceClassification)
     assert names["model"].get_input_embeddings().phase == "packed"
+
+
+def test_commands_are_understood():
+    commands = re.findall(r"^hf-adacomp ([^#\n]*)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {"compress", "inspect", "plot", "decompress"}
+    for command in commands:
+        assert callable(_parser().parse_args(command.split()).run)
+
+
+def test_pictures_are_there():
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
+    assert pictures
+    for picture in pictures:
+        assert (README.parent / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_scripts_are_there():
+    for script in set(re.findall(r"examples/[\w/]+\.py", README.read_text(encoding="utf-8"))):
+        assert (README.parent / script).is_file()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from hf_adacomp.selection import SHARPNESS, LengthSelector
+from hf_adacomp.selection import SHARPNESS, LengthSelector, gumbel_noise
 
 LENGTHS = (4, 8, 20)
 
@@ -15,31 +15,29 @@ def selector(tokens=50, gain=1.0) -> LengthSelector:
     return module
 
 
+def noise(tokens, seed=0):
+    return gumbel_noise(tokens, len(LENGTHS), seed, torch.device("cpu"), torch.float64)
+
+
+def test_noise_is_gumbels_and_a_function_of_the_seed():
+    values = noise(50_000)
+    assert values.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert values.var().item() == pytest.approx(torch.pi**2 / 6, abs=0.05)
+    assert torch.equal(values, noise(50_000))
+    assert not torch.equal(values, noise(50_000, seed=1))
+
+
 def test_sample_is_the_tempered_softmax_of_noisy_logits():
     module, tokens = selector(), torch.tensor([3, 3, 7])
-    torch.manual_seed(1)
-    shares = module(tokens, 0.5)
-    torch.manual_seed(1)
-    noise = -torch.empty(3, 3, dtype=torch.float64).exponential_().log()
     logits = module.offset[tokens] - module.cost[tokens] - module.price * torch.tensor(LENGTHS)
-    assert torch.allclose(shares, ((logits + noise) / 0.5).softmax(1))
+    shares = module(tokens, 0.5, noise(3))
+    assert torch.allclose(shares, ((logits + noise(3)) / 0.5).softmax(1))
     assert torch.allclose(shares.sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def test_gradient_of_a_sample_matches_finite_differences():
     module, tokens = selector(), torch.tensor([3, 7])
-
-    def sample(offset):
-        torch.manual_seed(1)
-        logits = offset[tokens] - module.cost[tokens] - module.price * torch.tensor(LENGTHS)
-        return torch.nn.functional.gumbel_softmax(logits, tau=0.7)
-
-    assert gradcheck(sample, (module.offset,))
-    weight = torch.randn(2, 3, dtype=torch.float64)
-    (expected,) = torch.autograd.grad((sample(module.offset) * weight).sum(), module.offset)
-    torch.manual_seed(1)
-    (found,) = torch.autograd.grad((module(tokens, 0.7) * weight).sum(), module.offset)
-    assert torch.allclose(found, expected)
+    assert gradcheck(lambda _: module(tokens, 0.7, noise(2)), (module.offset,))
 
 
 def test_gain_moves_logits_but_not_gradients():
@@ -58,7 +56,7 @@ def test_gain_moves_logits_but_not_gradients():
 def test_samples_follow_the_logits():
     module = selector(tokens=1)
     logits = module.scores()[0] - module.price * torch.tensor(LENGTHS)
-    picks = module(torch.zeros(20_000, dtype=torch.int64), 0.3).argmax(1)
+    picks = module(torch.zeros(20_000, dtype=torch.int64), 0.3, noise(20_000)).argmax(1)
     share = torch.bincount(picks, minlength=3) / len(picks)
     assert torch.allclose(share.double(), logits.softmax(0), atol=0.015)
 
@@ -114,7 +112,7 @@ def test_everything_stays_on_its_device():
     """Meta tensors refuse to meet tensors of another device, so that one machine stands for all."""
     module = LengthSelector(6, LENGTHS, 400.0, device="meta")
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
-    assert module(torch.zeros(2, dtype=torch.int64, device="meta"), 0.5).is_meta
+    assert module(torch.zeros(2, dtype=torch.int64, device="meta"), 0.5, torch.zeros(2, 3, device="meta")).is_meta
 
 
 def test_costs_keep_their_proportions_and_learned_offsets_are_forgotten():

@@ -111,13 +111,19 @@ def paired_table(summary: dict) -> str:
 
 
 def plot(summary: dict, file: Path) -> None:
-    """Accuracy against size, one panel a task and one line a method."""
+    """Accuracy against size, one panel a task and one line a method; at most three panels in a row."""
     tasks = summary["tasks"]
-    figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4.2), squeeze=False)
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.4 * rows), squeeze=False)
+    panels = grid.flatten()
+    for unused in panels[len(tasks) :]:
+        unused.remove()
+    panels = panels[: len(tasks)]
     methods = [
         method for method in (*OURS, *PEERS, "int8", "int4") if any(r["method"] == method for r in summary["rows"])
     ]
-    for task, panel in zip(tasks, panels[0], strict=True):
+    for task, panel in zip(tasks, panels, strict=True):
         for index, method in enumerate(methods):
             points = sorted(
                 (row["tasks"][task]["ratio"], row["tasks"][task]["accuracy"])
@@ -141,12 +147,14 @@ def plot(summary: dict, file: Path) -> None:
         panel.set(title=task, xscale="log", xlabel="dense bytes / stored bytes")
         panel.set_xticks([4, 8, 16, 40, 80, 160, 300], [4, 8, 16, 40, 80, 160, 300])
         panel.minorticks_off()
-    panels[0][0].set_ylabel("test accuracy (%)")
+    for row in grid:
+        row[0].set_ylabel("test accuracy (%)")
     handles = {
-        label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3 * columns, frameon=False)
+    lines = -(-len(handles) // (3 * columns))
+    figure.tight_layout(rect=(0, 0.28 * lines / figure.get_figheight(), 1, 1))
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

@@ -7,7 +7,19 @@ hold. Ids follow Zipf's law, and frequent tokens have the long codes.
 
 What bounds the rows, by count: a look-up of N distinct tokens multiplies N x L bits with L x d code vectors in float32
 and then copies N x d floats as a dense one does, so that it cannot be as fast; the head of one position reads V L / 8
-bytes of codes and as many table entries instead of 4 V d bytes.
+bytes of codes and as many table entries instead of 4 V d bytes. `import hf_adacomp` alone takes what transformers needs
+for any model; what comes on top is the row.
+
+On paper: V = 1,000,000, d = 4096, lengths 64/512/2048, 8 GPUs under DDP, 64k tokens a GPU and step, 30k distinct.
+
+    held by each GPU   source 8.2 GB in bfloat16, without gradient or optimizer state (a dense table in float32 with
+                       Adam: 65 GB); code-books 43 MB, selector 24 MB, each with Adam 3 x; counts and noise 20 MB
+    moved a step       gradients of code-books 43 MB and selector 12 MB, and 1 MB of buffers, instead of 16.4 GB
+    computed a step    N (4 L d + 8 L^2) for each length: 2 TFLOP for 30k tokens at 2048 bits, about 10 ms at half of an
+                       H100's TF32 peak, next to 3 PFLOP of an 8B model; a tied head encodes all V: 70 TFLOP, 0.3 s
+    sharded            nothing: everything but the source is small, and the source is read only
+    packed             205 MB at 80x
+
 """
 
 import copy
@@ -18,24 +30,32 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
+import bitsandbytes
 import torch
-from torch import Tensor, nn
+from random_tables import random_table, with_random_table, zipf_ids
+from torch import nn
 from torch.utils.benchmark import Timer
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, HfArgumentParser, PreTrainedModel
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+)
 
-from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, packing
-from hf_adacomp.packed_codes import PackedCodes
+from hf_adacomp import AdaCompConfig, compress
 from hf_adacomp.places import CompressedHead
-from hf_adacomp.quantizer import AdaCompHfQuantizer, attach
-from hf_adacomp.surgery import put, token_tables
 
-LENGTHS, SHARES = (16, 64, 256), (0.4, 0.5, 0.1)
-"""Code lengths and the shares of tokens that have them: 64 bits a token on average."""
-
-CONFIG = AdaCompConfig(LENGTHS, target_ratio=1.0)
+CONFIG = AdaCompConfig(target_ratio=80)
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 
 
@@ -46,44 +66,6 @@ class SpeedArguments:
     threads: int = field(default=2, metadata={"help": "Threads of PyTorch; the look-up alone takes one."})
     scale: float = field(default=1.0, metadata={"help": "Factor of vocabulary sizes: below 1 for a quick look."})
     json_out: str | None = field(default=None, metadata={"help": "Write every figure to this file."})
-
-
-def random_table(tokens: int, dim: int) -> AdaptiveCompressedEmbedding:
-    """A packed table of random codes; low ids have long ones."""
-    sizes = [int(share * tokens) for share in SHARES[:-1]]
-    sizes.append(tokens - sum(sizes))
-    layout = {
-        "num_embeddings": tokens,
-        "embedding_dim": dim,
-        "padding_idx": None,
-        "code_lengths": LENGTHS,
-        "zero_padding": False,
-        "scale": 1.0,
-        "tokens_per_length": sizes,
-    }
-    table = AdaptiveCompressedEmbedding.from_layout(layout, CONFIG, torch.float32).to_empty(device="cpu")
-    with torch.no_grad():
-        for book in table.books():
-            book.weight.copy_(packing.pack_nibbles(torch.randint(-7, 8, (book.length, dim), dtype=torch.int8)))
-            book.scale.fill_((book.length * dim) ** -0.5 / 4)
-            book.bias.normal_()
-    assignment = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.uint8), torch.tensor(sizes)).flip(0)
-    octets = sum(packing.group_bytes(sizes, LENGTHS))
-    table.packed = PackedCodes.of(assignment, LENGTHS, torch.randint(0, 256, (octets,), dtype=torch.uint8))
-    return table.eval()
-
-
-def with_random_table(dense: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model whose table, and tied head, is a packed one."""
-    model = copy.deepcopy(dense)
-    (table,) = token_tables(model)
-    put(model, table, random_table(*table.owner.weight.shape), "compress")
-    attach(model, AdaCompHfQuantizer(CONFIG, pre_quantized=False))
-    return model.eval()
-
-
-def zipf_ids(tokens: int, number: int) -> Tensor:
-    return torch.multinomial(1 / torch.arange(1.0, tokens + 1), number, replacement=True)
 
 
 def medians(repeats: int, threads: int, **candidates: Callable[[], object]) -> dict[str, float]:
@@ -114,8 +96,16 @@ def forward(args: SpeedArguments) -> Iterator[Row]:
 def lookup(args: SpeedArguments) -> Iterator[Row]:
     tokens = int(30522 * args.scale)
     dense, packed, ids = nn.Embedding(tokens, 384), random_table(tokens, 384), zipf_ids(tokens, 4096)
-    found = medians(args.repeats, 1, packed=lambda: packed(ids), dense=lambda: dense(ids))
-    yield "look-up of 4,096 tokens, one thread, over dense", found["packed"] / found["dense"], "x"
+    int4 = copy.deepcopy(dense).to(torch.bfloat16)
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    quantize_(int4, config, filter_fn=lambda module, _: isinstance(module, nn.Embedding))
+    nf4 = bitsandbytes.nn.Embedding4bit(tokens, 384)
+    nf4.load_state_dict(dense.state_dict())
+    nf4 = nf4.to("cpu")  # moving quantises
+    tables = {"packed": packed, "torchao int4": int4, "bitsandbytes 4-bit": nf4}
+    found = medians(args.repeats, 1, dense=lambda: dense(ids), **{n: partial(t, ids) for n, t in tables.items()})
+    for name in tables:
+        yield f"look-up of 4,096 tokens, one thread, {name}, over dense", found[name] / found["dense"], "x"
 
 
 def head(args: SpeedArguments) -> Iterator[Row]:
@@ -140,26 +130,102 @@ def head(args: SpeedArguments) -> Iterator[Row]:
 
 
 def generate(args: SpeedArguments) -> Iterator[Row]:
-    dense = GPT2LMHeadModel(GPT2Config(vocab_size=int(50257 * args.scale), bos_token_id=0, eos_token_id=None)).eval()
-    packed, ids = with_random_table(dense), torch.tensor([[1, 2, 3, 4]])
+    gpt2 = GPT2Config(vocab_size=int(50257 * args.scale), bos_token_id=0, eos_token_id=None)
+    gemma = Gemma3TextConfig(
+        vocab_size=int(262144 * args.scale),
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    ids = torch.tensor([[1, 2, 3, 4]])
     options = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    found = medians(
-        max(3, args.repeats // 5),
-        args.threads,
-        packed=lambda: packed.generate(ids, **options),
-        dense=lambda: dense.generate(ids, **options),
-    )
-    yield "64 new tokens of GPT-2's shape, over dense", found["packed"] / found["dense"], "x"
+    for name, model, config in (("GPT-2", GPT2LMHeadModel, gpt2), ("Gemma 3 270M", Gemma3ForCausalLM, gemma)):
+        dense = model(config).eval()
+        packed = with_random_table(dense)
+        found = medians(
+            max(3, args.repeats // 5),
+            args.threads,
+            packed=lambda packed=packed: packed.generate(ids, **options),
+            dense=lambda dense=dense: dense.generate(ids, **options),
+        )
+        yield f"64 new tokens of {name}'s shape, over dense", found["packed"] / found["dense"], "x"
 
 
-def peak_after_loading(folder: str) -> int:
-    """Peak memory in bytes of a process that loads a model, from Linux's /proc."""
-    code = (  # not getrusage, whose peak begins with that of the process that forked
-        f"import hf_adacomp; from transformers import BertModel; BertModel.from_pretrained({folder!r});"
-        "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    )
+@torch.enable_grad()
+def train(args: SpeedArguments) -> Iterator[Row]:
+    tokens = int(30522 * args.scale)
+    counts = zipf_ids(tokens, 1 << 17).bincount(minlength=tokens)
+    config = BertConfig(vocab_size=tokens, **MINILM)
+    batches = [zipf_ids(tokens, 1024).view(32, 32) for _ in range(16)]
+
+    def new_step(fraction: float | None) -> Callable[[], None]:
+        model = BertForSequenceClassification(config).train()
+        if fraction is not None:
+            compress(model, CONFIG, counts)
+        table = model.get_input_embeddings()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+        turn = cycle(batches)
+
+        def step() -> None:
+            model(input_ids=next(turn), labels=torch.zeros(32, dtype=torch.int64)).loss.backward()
+            if fraction is not None:
+                table.step(fraction)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    steps = {"dense": None, "select": 0.1, "encode": 0.9}
+    found = medians(args.repeats, args.threads, **{name: new_step(fraction) for name, fraction in steps.items()})
+    for phase in ("select", "encode"):
+        yield f"training step of MiniLM, 32 x 32 tokens, phase {phase}, over dense", found[phase] / found["dense"], "x"
+
+
+def process_figures(code: str) -> list[float]:
+    """What a process of its own prints at its end, and its peak memory in bytes, from Linux's /proc."""
+    code += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    # not getrusage, whose peak begins with that of the process that forked
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    return 1024 * int(lines[-1])
+    return [*map(float, lines[:-1]), 1024 * float(lines[-1])]
+
+
+def warm_start(args: SpeedArguments) -> Iterator[Row]:
+    tokens = int(250_000 * args.scale)
+    made = f"""
+import time, torch
+from torch import nn
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+torch.manual_seed(0)
+torch.set_num_threads({args.threads})
+table = nn.Embedding({tokens}, 768)
+table.weight.data.mul_(torch.arange(1, 769) ** -0.5)
+counts = (1e7 / torch.arange(1, {tokens} + 1)).long()"""
+    *_, before = process_figures(made)
+    seconds, after = process_figures(f"""{made}
+start = time.perf_counter()
+AdaptiveCompressedEmbedding.from_embedding(table, {CONFIG}, counts).pack()
+print(time.perf_counter() - start)""")
+    yield "warm start and packing of a table of 250,000 x 768", seconds, "s"
+    yield "its peak memory, table included, over the dense table", 1 + (after - before) / (tokens * 768 * 4), "x"
+
+
+def imports(args: SpeedArguments) -> Iterator[Row]:
+    code = """
+import sys, time
+import transformers
+start = time.perf_counter()
+transformers.PreTrainedModel
+loading = time.perf_counter()
+import hf_adacomp
+print(loading - start, time.perf_counter() - loading)"""
+    runs = [process_figures(code)[:2] for _ in range(args.repeats // 5 or 1)]
+    yield "import of what any model of transformers needs", median(run[0] for run in runs), "s"
+    yield "import hf_adacomp after that", median(run[1] for run in runs), "s"
 
 
 def load(args: SpeedArguments) -> Iterator[Row]:
@@ -173,14 +239,15 @@ def load(args: SpeedArguments) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             del model
-            peaks.append(peak_after_loading(folder))
+            code = f"import hf_adacomp; from transformers import BertModel; BertModel.from_pretrained({folder!r})"
+            peaks += process_figures(code)
     yield "tensors of a loaded table of 500,000 x 768, over its bytes in the file", held / stored, "x"
     yield "packed bytes of that table", stored / 1e6, "MB"
     yield "peak memory of from_pretrained above that of a tiny table", (peaks[1] - peaks[0]) / 1e6, "MB"
 
 
 ROWS: dict[str, Callable[[SpeedArguments], Iterator[Row]]] = {
-    row.__name__: row for row in (forward, lookup, head, generate, load)
+    row.__name__: row for row in (forward, lookup, head, generate, train, load, warm_start, imports)
 }
 
 

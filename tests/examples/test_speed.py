@@ -9,6 +9,9 @@ def test_rows_are_measured_on_small_tables(example, tmp_path):
         "--rows",
         "lookup",
         "head",
+        "train",
+        "warm_start",
+        "imports",
         "--scale",
         "0.02",
         "--repeats",
@@ -21,7 +24,7 @@ def test_rows_are_measured_on_small_tables(example, tmp_path):
     figures = example("speed").main(options)
     assert figures["head: largest error of a logit over the largest logit"] < 1e-4
     assert all(value > 0 for value in figures.values())
-    assert len(figures) == 4
+    assert len(figures) == 12
     assert json.loads(file.read_text()) == figures
 
 

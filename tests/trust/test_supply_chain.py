@@ -71,7 +71,8 @@ print("clean")
 def test_import_load_run_and_save_neither_unpickle_nor_connect(packed_bert, tmp_path):
     """By Python's own audit events, in a fresh process that may use the network."""
     packed_bert.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    stored = {"README.md", "code_lengths.png", "config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == stored
     done = subprocess.run([sys.executable, "-c", WATCHED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("clean")

@@ -1,0 +1,190 @@
+"""The command `hf-adacomp`: compress, inspect, plot and decompress models from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from .compression import compress, decompress, pack
+from .config import HEADS, AdaCompConfig
+from .plots import plot_lengths
+from .report import size_report, token_table
+from .surgery import require_compressed
+
+LINES = 1024
+"""Lines of a text that are tokenized at once."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 for a failure told in one line, 2 for wrong usage."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        print(f"hf-adacomp: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hf-adacomp: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-adacomp",
+        description="Token tables of transformers models as binary codes: each token with a code length of its own.",
+    )
+    verbs = parser.add_subparsers(title="commands", required=True)
+    dense = "folder or Hub name of a dense model"
+    packed = "folder or Hub name of a compressed model"
+
+    verb = verbs.add_parser(
+        "compress",
+        help="compress a model without training",
+        description="Fit codes to the token table, pack them and save the model, without any training: a quick look. "
+        "Tokens count by how often they occur in --counts-from, which should be like the texts the model is for; "
+        "without it all count alike.",
+    )
+    verb.add_argument("model", metavar="MODEL", help=dense)
+    verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    verb.add_argument("--ratio", type=float, default=40.0, help="dense bytes / stored bytes (default: %(default)g)")
+    verb.add_argument("--counts-from", metavar="FILE.txt", type=Path, help="text to count tokens in, .gz too")
+    verb.add_argument("--code-lengths", metavar="BITS", type=int, nargs="+", help="default: chosen for the size")
+    verb.add_argument("--head", choices=HEADS, default="compress", help="what becomes of a tied output head")
+    verb.set_defaults(run=_compress)
+
+    verb = verbs.add_parser("inspect", help="sizes, code lengths, tokens with long codes")
+    verb.add_argument("model", metavar="DIR", help=packed)
+    verb.add_argument("--tokens", type=int, default=20, help="how many tokens to list (default: %(default)d)")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.set_defaults(run=_inspect)
+
+    verb = verbs.add_parser("plot", help="picture of code lengths, by number and by token rank")
+    verb.add_argument("model", metavar="DIR", help=packed)
+    verb.add_argument("out", metavar="OUT.png", type=Path, help="picture to write: .png, .svg or .pdf")
+    verb.add_argument("--counts-from", metavar="FILE.txt", type=Path, help="text to rank tokens by, .gz too")
+    verb.set_defaults(run=_plot)
+
+    verb = verbs.add_parser("decompress", help="save as a plain model, which needs this library no more")
+    verb.add_argument("model", metavar="DIR", help=packed)
+    verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    verb.set_defaults(run=_decompress)
+    return parser
+
+
+def _compress(args: argparse.Namespace) -> None:
+    _refuse_same(args)
+    config = AdaCompConfig(args.code_lengths or "auto", target_ratio=args.ratio, head=args.head)
+    model = _load(args.model)
+    counts = _counts(args, model)
+    compress(model, config, counts)
+    if counts is None:
+        for embedding in require_compressed(model).values():
+            embedding.warm_start()
+    _save(pack(model), args)
+    print(size_report(model))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    model = _load(args.model)
+    size = size_report(model)
+    rows = token_table(model, _tokenizer(args.model))
+    # Vocabularies are roughly sorted by frequency: a long code tells the most about a late token.
+    longest = sorted(rows, key=lambda row: (-row.bits, -row.id))[: args.tokens]
+    if args.json:
+        figures = {**asdict(size), "total_bytes": size.total_bytes, "ratio": size.ratio}
+        figures |= {"bits_per_token": size.bits_per_token, "longest": [row._asdict() for row in longest]}
+        print(json.dumps(figures, indent=2, ensure_ascii=False))
+        return
+    print(f"{size}\n\nlongest codes, late tokens first\n{'id':>8}  {'bits':>5}  token")
+    for row in longest:
+        print(f"{row.id:>8}  {row.bits:>5}  {row.token}")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    model = _load(args.model)
+    counts = _counts(args, model)
+    plot_lengths(model, counts).savefig(args.out)
+
+
+def _decompress(args: argparse.Namespace) -> None:
+    _refuse_same(args)
+    _save(decompress(_load(args.model)), args)
+
+
+def _refuse_same(args: argparse.Namespace) -> None:
+    if args.out.exists() and args.out.resolve() == Path(args.model).resolve():
+        raise ValueError(f"{args.out} is the model to read: name another folder to write")
+
+
+def _load(name: str) -> PreTrainedModel:
+    """The model with the head that it was saved with."""
+    config = AutoConfig.from_pretrained(name)
+    architecture = (config.architectures or [None])[0]
+    model_class = getattr(transformers, str(architecture), None)
+    if model_class is None:
+        raise ValueError(f"{name}: its config names the architecture {architecture!r}, which transformers has not")
+    model: PreTrainedModel = model_class.from_pretrained(name)
+    return model
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if not _has_tokenizer(name):
+        raise ValueError(f"{name} has no tokenizer (tokenizer_config.json): save it there with save_pretrained")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    return tokenizer
+
+
+def _has_tokenizer(name: str) -> bool:
+    return cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _save(model: PreTrainedModel, args: argparse.Namespace) -> None:
+    model.save_pretrained(args.out)
+    if _has_tokenizer(args.model):
+        _tokenizer(args.model).save_pretrained(args.out)
+
+
+def _counts(args: argparse.Namespace, model: PreTrainedModel) -> Tensor | None:
+    """Occurrences of each token in the lines of `--counts-from`, (V,) int64; None without that option."""
+    if args.counts_from is None:
+        return None
+    tokenizer = _tokenizer(args.model)
+    size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
+    counts = torch.zeros(size, dtype=torch.int64)
+    with _open(args.counts_from) as lines:
+        for batch in tqdm(_batches(lines), desc="Counting tokens", unit="batch"):
+            ids = [i for row in tokenizer(batch, truncation=False, verbose=False)["input_ids"] for i in row]
+            counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=size)
+    if not counts.any():
+        raise ValueError(f"{args.counts_from} holds no text to count tokens in")
+    return counts
+
+
+def _open(file: Path) -> IO[str]:
+    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+
+
+def _batches(lines: IO[str]) -> Iterator[list[str]]:
+    stripped = (line.strip() for line in lines)
+    while batch := list(islice(stripped, LINES)):
+        yield batch
+
+
+if __name__ == "__main__":
+    sys.exit(main())

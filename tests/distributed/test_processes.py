@@ -1,0 +1,86 @@
+"""Training in two processes with stock PyTorch and Trainer (gloo, on the CPU)."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_adacomp import compress, packing
+
+SCRIPT = Path(__file__).with_name("train.py")
+ROWS = 8
+"""Rows of all processes together in a step."""
+
+
+def run(folder: Path, processes: int, mode: str | None = None) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    arguments = [str(folder), str(ROWS // processes), *([mode] if mode else [])]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *arguments]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+
+
+def tensors(folder: Path, processes: int, mode: str | None = None) -> list[dict[str, torch.Tensor]]:
+    """What each process of a training ends with."""
+    done = run(folder, processes, mode)
+    assert done.returncode == 0, done.stderr
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, list[dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, tensors(folder, 2)
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def test_processes_agree(two):
+    _, (first, second) = two
+    assert differing(first, second) == []
+
+
+def test_result_is_that_of_one_process_with_the_rows_of_both(two, tmp_path):
+    _, (first, _) = two
+    (alone,) = tensors(tmp_path, 1)
+    lengths = next(name for name in first if name.endswith("packed.lengths"))
+    assert torch.equal(first[lengths], alone[lengths])
+    for name, tensor in first.items():
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor, alone[name], atol=1e-4), name
+    codes = next(name for name in first if name.endswith("packed.codes"))
+    tipped = (packing.BYTE_BITS[first[codes].int()] != packing.BYTE_BITS[alone[codes].int()]).float().mean()
+    assert tipped < 0.02  # sums in another order decide a few ties otherwise
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(two, tmp_path):
+    folder, uninterrupted = two
+    shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
+    resumed = tensors(tmp_path, 2, str(tmp_path / "checkpoint-4"))
+    assert [differing(a, b) for a, b in zip(uninterrupted, resumed, strict=True)] == [[], []]
+
+
+def test_fsdp_on_the_cpu_trains_as_ddp_does(two, tmp_path):
+    """accelerate shards on accelerators only; there the callback refuses (tests/test_callback.py)."""
+    _, replicated = two
+    found = tensors(tmp_path, 2, "fsdp")
+    assert [differing(a, b) for a, b in zip(replicated, found, strict=True)] == [[], []]
+
+
+def test_nothing_as_large_as_the_table_is_broadcast(bert, config, counts):
+    """DDP broadcasts buffers on every forward pass."""
+    table = compress(bert, config, counts).get_input_embeddings()
+    assert sum(buffer.nbytes for buffer in table.buffers()) < table.num_embeddings + 100

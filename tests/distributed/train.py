@@ -1,0 +1,44 @@
+"""A short deterministic training for one or more processes.
+
+Usage: train.py FOLDER ROWS_A_PROCESS [CHECKPOINT | fsdp]. Every process writes its packed model's tensors to
+FOLDER/rank<N>.safetensors.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from conftest import LENGTHS, tiny_bert_config
+from safetensors.torch import save_file
+from test_callback import Texts
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+
+from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
+
+
+def train(folder: Path, rows: int, mode: str | None) -> None:
+    torch.set_num_threads(1)
+    set_seed(0)
+    # Processes would draw different dropout masks.
+    config = tiny_bert_config(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = compress(BertForSequenceClassification(config), AdaCompConfig(LENGTHS, target_ratio=32))
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=12,
+        per_device_train_batch_size=rows,
+        learning_rate=1e-3,
+        adam_epsilon=1e-3,  # where gradients vanish, Adam would blow up the rounding of sums in another order
+        save_strategy="steps",
+        save_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        fsdp=mode == "fsdp",
+    )
+    trainer = Trainer(model, arguments, train_dataset=Texts(), callbacks=[AdaCompCallback()])
+    trainer.train(resume_from_checkpoint=None if mode == "fsdp" else mode)
+    save_file(model.state_dict(), folder / f"rank{arguments.process_index}.safetensors")
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
