@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -93,6 +92,9 @@ def _same_table(a: str, b: str) -> bool:
 
 def unfinished_checkpoints(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Checkpoints in `folder` that the Trainer was killed in the middle of writing, and what is wrong with each."""
+    # It brings PEFT along, which loading a packed model does not need.
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: PLC0415
+
     found = {path.name: _fault(path) for path in sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))}
     return {name: fault for name, fault in found.items() if fault}
 

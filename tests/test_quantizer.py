@@ -262,3 +262,8 @@ def test_without_importing_the_plugin_transformers_makes_random_embeddings(packe
     assert "Unknown quantization type, got adacomp" in done.stderr
     model = BertForSequenceClassification.from_pretrained(tmp_path)
     assert isinstance(model.get_input_embeddings(), AdaptiveCompressedEmbedding)
+
+
+def test_import_brings_nothing_that_only_training_needs():
+    code = "import sys, hf_adacomp; sys.exit('transformers.trainer_utils' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
