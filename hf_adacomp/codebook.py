@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from . import packing
 from .config import FLOAT_DTYPES, INTEGER_BITS
 
-BITS_PER_BLOCK = 1 << 25
-"""Table rows are processed in blocks of about this many bits (as float32: 128 MB) to bound memory."""
+BITS_PER_BLOCK = 1 << 22
+"""Table rows are processed in blocks of about this many bits (as float32: 16 MB) to bound memory."""
 
 
 class BinaryStep(torch.autograd.Function):
