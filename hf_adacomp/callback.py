@@ -18,6 +18,9 @@ from .token_counts import count_tokens, input_name
 
 logger = logging.getLogger(__name__)
 
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways to share out a training that divide the parameters themselves."""
+
 BEGUN = "_adacomp_begun"
 """Mark on the state of a training, of which the Trainer makes a new one each time: a callback has begun it."""
 
@@ -115,9 +118,6 @@ class AdaCompCallback(TrainerCallback):
                 )
             else:
                 embedding.pack()
-
-
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def _refuse_sharding() -> None:

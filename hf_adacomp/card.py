@@ -48,14 +48,6 @@ def model_card(
         The new card, or `card`, changed in place.
     """
     size, tables = size_report(model), require_compressed(model)
-    parts = [
-        ("codes", size.codes_bytes),
-        ("code lengths", size.lengths_bytes),
-        ("code-books", size.codebook_bytes),
-        *([("untied output head", size.head_bytes)] if size.head_bytes else []),
-        ("all", size.total_bytes),
-        ("dense float32 table", size.dense_bytes),
-    ]
     title = (repo_id or str(model.config._name_or_path) or type(model).__name__).rstrip("/").split("/")[-1]
     written = ModelCard.from_template(
         ModelCardData(),
@@ -64,7 +56,6 @@ def model_card(
         model_class=type(model).__name__,
         location=repo_id or "path/to/this/folder",
         size=size,
-        parts=parts,
         picture=picture,
         settings="\n".join(f"{table.config!r}  # {name}" for name, table in tables.items()),
         results=_rows(results, dense_results),

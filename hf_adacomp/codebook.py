@@ -142,8 +142,7 @@ class BinaryCodebook(nn.Module):
         self.packed = False
         self.rate = min(1.0, (2 / length) ** 0.5)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.randn(length, dim, **options))
-        self.set_vectors(self.weight.detach() / length**0.5)
+        self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5 / self.rate)
         self.bias = nn.Parameter(torch.zeros(dim, **options))
         self.encoder_bias = nn.Parameter(torch.zeros(length, **options))
         self.encoder_scale = nn.Parameter(torch.ones(1, **options), requires_grad=False)

@@ -91,6 +91,14 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.loading = False  # whether weights are on their way in and have not been checked yet
 
     @classmethod
+    def _of(cls, source: Tensor, *settings: Any) -> AdaptiveCompressedEmbedding:
+        """A module for a table that exists: the constructor makes one of its own."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._build(source, *settings)
+        return module
+
+    @classmethod
     def from_embedding(
         cls, embedding: nn.Embedding, config: AdaCompConfig, token_counts: Tensor | None = None
     ) -> AdaptiveCompressedEmbedding:
@@ -99,9 +107,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         The source table is shared, not copied, until `pack` lets go of it. Raises as `checked_source` does.
         """
         source = checked_source(embedding)
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._build(source, config, embedding.padding_idx, token_counts)
+        module = cls._of(source, config, embedding.padding_idx, token_counts)
         module.code_bits()  # refuse an impossible size here rather than at the warm start
         module.scale, module.dense_class = checked_scale(embedding), type(embedding)
         module.train(embedding.training)
@@ -116,9 +122,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         """An empty module on the meta device with the tensors that `layout` describes, ready to be loaded into."""
         config = config.with_lengths(layout["code_lengths"])
         source = torch.empty(layout["num_embeddings"], layout["embedding_dim"], device="meta", dtype=dtype)
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._build(source, config, layout["padding_idx"])
+        module = cls._of(source, config, layout["padding_idx"])
         module.zero_padding, module.scale = layout["zero_padding"], layout["scale"]
         if layout["tokens_per_length"] is not None:
             packed = PackedCodes(module.num_embeddings, config.lengths, layout["tokens_per_length"], device="meta")

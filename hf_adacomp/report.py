@@ -29,9 +29,15 @@ class SizeReport:
     head_bytes: int = 0
 
     @property
+    def stored(self) -> dict[str, int]:
+        """Bytes of everything that is stored, by what it is."""
+        parts = {"codes": self.codes_bytes, "code lengths": self.lengths_bytes, "code-books": self.codebook_bytes}
+        return {**parts, "untied output head": self.head_bytes} if self.head_bytes else parts
+
+    @property
     def total_bytes(self) -> int:
         """Codes, lengths, code-books and untied heads."""
-        return self.codes_bytes + self.lengths_bytes + self.codebook_bytes + self.head_bytes
+        return sum(self.stored.values())
 
     @property
     def ratio(self) -> float:
@@ -44,15 +50,8 @@ class SizeReport:
         return sum(length * tokens for length, tokens in self.tokens_per_length.items()) / self.num_tokens
 
     def __str__(self) -> str:
-        rows = [
-            ("dense float32 table", self.dense_bytes),
-            ("codes", self.codes_bytes),
-            ("code lengths", self.lengths_bytes),
-            ("code-books", self.codebook_bytes),
-            *([("untied output head", self.head_bytes)] if self.head_bytes else []),
-            ("total", self.total_bytes),
-        ]
-        lines = [f"{name:<22}{size:>14,} bytes" for name, size in rows]
+        rows = {"dense float32 table": self.dense_bytes, **self.stored, "total": self.total_bytes}
+        lines = [f"{name:<22}{size:>14,} bytes" for name, size in rows.items()]
         lines.append(f"{'ratio':<22}{self.ratio:>14.1f}")
         lines.append(f"{'bits a token':<22}{self.bits_per_token:>14.1f}")
         lines += [
