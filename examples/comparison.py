@@ -113,6 +113,12 @@ def parse(groups: tuple[type, ...], arguments: list[str] | None) -> tuple:
     return parser.parse_args_into_dataclasses(arguments)
 
 
+def write_figures(figures: dict, file: str | None) -> None:
+    """Write all figures of a script as JSON, if a file is named."""
+    if file is not None:
+        Path(file).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 def scoring() -> Callable[[EvalPrediction], dict[str, float]]:
     """`compute_metrics` of a Trainer: accuracy and log-loss over all labels that count."""
     # A path, as evaluate.load("accuracy") would fetch its code from the Hub.
@@ -267,6 +273,5 @@ def compare(
     figures["seconds"] = time.perf_counter() - started
     print_report(figures)
     print(f"\n{size}\n\n{figures['seconds']:.0f} seconds in all")
-    if compression_args.json_out is not None:
-        Path(compression_args.json_out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, compression_args.json_out)
     return model, figures

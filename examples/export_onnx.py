@@ -9,7 +9,6 @@ measures both in ONNX Runtime, in turn. Needs the extra `onnx`.
 """
 
 import copy
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from statistics import median
 import onnxruntime
 import torch
 import transformers
-from comparison import parse
+from comparison import parse, write_figures
 from onnx import TensorProto, helper
 from onnxscript import opset18 as op
 from torch import Tensor, nn
@@ -165,8 +164,7 @@ def main(arguments: list[str] | None = None) -> dict:
             figures[f"time over dense, {shape[0]} x {shape[1]}"] = time_ratio(ours, dense, inputs, args.repeats)
     for name, value in figures.items():
         print(f"{name:<28}{value:>14,d}" if isinstance(value, int) else f"{name:<28}{value:>14.3g}")
-    if args.json_out is not None:
-        Path(args.json_out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, args.json_out)
     if figures["largest_difference"] > TOLERANCE:
         raise ValueError(f"{file} differs from PyTorch by {figures['largest_difference']:.2g}: do not use it")
     return figures

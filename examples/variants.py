@@ -9,13 +9,13 @@ files.
 """
 
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from comparison import write_figures
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, size_report
@@ -103,6 +103,5 @@ def finish(variants: dict[str, dict[str, float]], started: float, file: str | No
     """All figures of a script, with the seconds since `started`; as JSON too, if a file is named."""
     figures = {"models": variants, "seconds": time.perf_counter() - started}
     print(f"\n{figures['seconds']:.0f} seconds in all")
-    if file is not None:
-        Path(file).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, file)
     return figures

@@ -9,13 +9,12 @@ the file and test accuracy. `torchao` alone rounds the dense table and the linea
 packed one. torchao keeps int4 in whole bytes, in memory and in the file.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from comparison import ShortTrainingArguments, parse, scoring
+from comparison import ShortTrainingArguments, parse, scoring, write_figures
 from labelled_texts import DataTrainingArguments, load_splits, tokenize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -112,8 +111,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for form, row in figures.items():
         ratio = figures["dense"]["file_bytes"] / row["file_bytes"]
         print(f"{form:<24}{row['file_bytes']:>14,}{ratio:>8.1f}{100 * row['test_accuracy']:>15.1f}%")
-    if model_args.json_out is not None:
-        Path(model_args.json_out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, model_args.json_out)
     return figures
 
 

@@ -8,12 +8,11 @@ token counts of `--text_file` if one is given.
 """
 
 import gzip
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from comparison import parse
+from comparison import parse, write_figures
 from pretrained_encoder import bundled_model
 from scipy.stats import spearmanr
 from static_vectors import read_vectors, word_tokenizer
@@ -94,8 +93,7 @@ def main(arguments: list[str] | None = None) -> dict:
         found = {name: correlation(pairs, table) for name, table in tables.items()}
         figures[file.stem] = {"pairs": len(pairs), **found}
         print(f"{file.stem:<22}{len(pairs):>7}" + "".join(f"{value:>10.3f}" for value in found.values()))
-    if args.json_out is not None:
-        Path(args.json_out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, args.json_out)
     return figures
 
 

@@ -19,7 +19,6 @@ On paper: V = 1,000,000, d = 4096, lengths 64/512/2048, 8 GPUs under DDP, 64k to
                        H100's TF32 peak, next to 3 PFLOP of an 8B model; a tied head encodes all V: 70 TFLOP, 0.3 s
     sharded            nothing: everything but the source is small, and the source is read only
     packed             205 MB at 80x
-
 """
 
 import copy
@@ -150,8 +149,8 @@ def generate(args: SpeedArguments) -> Iterator[Row]:
         found = medians(
             max(3, args.repeats // 5),
             args.threads,
-            packed=lambda packed=packed: packed.generate(ids, **options),
-            dense=lambda dense=dense: dense.generate(ids, **options),
+            packed=partial(packed.generate, ids, **options),
+            dense=partial(dense.generate, ids, **options),
         )
         yield f"64 new tokens of {name}'s shape, over dense", found["packed"] / found["dense"], "x"
 
