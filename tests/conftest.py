@@ -28,6 +28,12 @@ WORDS = [f"word{i}" for i in range(200)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
+def child_environment() -> dict[str, str]:
+    """Environment of a process that imports the suite's own modules."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def command_line(options: dict[str, object]) -> list[str]:
     """The words that give an example script these options."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -139,6 +145,28 @@ def toy_model(tmp_path_factory) -> Path:
     set_seed(0)
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def toy_arguments(toy_model, write_tsv, tmp_path):
+    """Words for a script that trains a text classifier: a toy model and a toy task, save what `changes` say."""
+
+    def words(**changes: object) -> list[str]:
+        given = {
+            "model_name_or_path": toy_model,
+            "train_file": write_tsv(tmp_path / "train.tsv", 400, seed=0),
+            "test_file": write_tsv(tmp_path / "test.tsv", 100, seed=1),
+            "label_prefix_separator": ":",
+            "target_ratio": 8,
+            "num_train_epochs": 1,
+            "compression_epochs": 1,
+            "output_dir": tmp_path / "out",
+            "report_to": "none",
+        }
+        lengths = ["--code_lengths", "4", "16"]
+        return [*command_line({**given, **changes}), "--column_names", "label", "text", *lengths, "--use_cpu"]
+
+    return words
 
 
 @pytest.fixture(scope="session")

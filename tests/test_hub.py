@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, command_line
+from conftest import EXAMPLES
 from hub_server import serve
 
 TESTS = Path(__file__).parent
@@ -125,20 +125,8 @@ def test_trainer_pushes_and_the_card_keeps_its_text(hub, run):
     run("-c", LOAD.format(repo="user/trained", more=""))
 
 
-def test_example_pushes(hub, run, toy_model, write_tsv, tmp_path):
-    given = {
-        "model_name_or_path": toy_model,
-        "train_file": write_tsv(tmp_path / "train.tsv", 200, seed=0),
-        "test_file": write_tsv(tmp_path / "test.tsv", 50, seed=1),
-        "label_prefix_separator": ":",
-        "target_ratio": 8,
-        "num_train_epochs": 1,
-        "compression_epochs": 1,
-        "output_dir": tmp_path / "out",
-        "report_to": "none",
-        "hub_model_id": "user/example",
-    }
-    words = [*command_line(given), "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
+def test_example_pushes(hub, run, toy_arguments, tmp_path):
+    words = toy_arguments(hub_model_id="user/example")
     run(str(EXAMPLES / "text_classification.py"), *words, "--push_to_hub")
     card = hub.card("user/example")
     (result,) = card.data.eval_results

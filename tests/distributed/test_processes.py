@@ -1,6 +1,5 @@
 """Training in two processes with stock PyTorch and Trainer (gloo, on the CPU)."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import child_environment
 from safetensors.torch import load_file
 
 from hf_adacomp import compress, packing
@@ -19,14 +19,13 @@ ROWS = 8
 
 
 def run(folder: Path, processes: int, mode: str | None = None) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     arguments = [str(folder), str(ROWS // processes), *([mode] if mode else [])]
     command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *arguments]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**child_environment(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, command_line
+from conftest import WORDS
 
 
 def test_information_about_the_label(example):
@@ -27,22 +27,8 @@ def test_correlation_at_equal_count_sees_through_counts(example):
     assert found["p"] < 1e-6
 
 
-def test_significance_script(example, toy_model, write_tsv, tmp_path):
-    given = {
-        "model_name_or_path": toy_model,
-        "train_file": write_tsv(tmp_path / "train.tsv", 400, seed=0),
-        "test_file": write_tsv(tmp_path / "test.tsv", 100, seed=1),
-        "label_prefix_separator": ":",
-        "target_ratio": 8,
-        "num_train_epochs": 1,
-        "compression_epochs": 1,
-        "output_dir": tmp_path / "out",
-        "report_to": "none",
-    }
-    words = command_line(given)
-    figures = example("significance").main(
-        [*words, "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
-    )
+def test_significance_script(example, toy_arguments, tmp_path):
+    figures = example("significance").main(toy_arguments())
     assert figures["length_and_information"]["tokens"] > 100
     assert -1 <= figures["length_and_information"]["correlation"] <= 1
     assert (tmp_path / "out" / "significance.png").stat().st_size > 10_000

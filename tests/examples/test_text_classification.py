@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import command_line
 
 
 @pytest.fixture(scope="module")
@@ -13,24 +12,14 @@ def corpus(example):
 
 
 @pytest.fixture
-def arguments(toy_model: Path, tmp_path: Path, write_tsv) -> list[str]:
-    given = {
-        "model_name_or_path": toy_model,
-        "train_file": write_tsv(tmp_path / "train.tsv", 400, seed=0),
-        "test_file": write_tsv(tmp_path / "test.tsv", 100, seed=1),
-        "label_prefix_separator": ":",
-        "target_ratio": 8,
-        "per_device_train_batch_size": 16,
-        "num_train_epochs": 3,
-        "compression_epochs": 1,
-        "learning_rate": 5e-3,
-        "compression_learning_rate": 1e-3,
-        "output_dir": tmp_path / "out",
-        "json_out": tmp_path / "figures.json",
-        "report_to": "none",
-    }
-    words = command_line(given)
-    return [*words, "--column_names", "label", "text", "--code_lengths", "4", "16", "--use_cpu"]
+def arguments(toy_arguments, tmp_path: Path) -> list[str]:
+    return toy_arguments(
+        per_device_train_batch_size=16,
+        num_train_epochs=3,
+        learning_rate=5e-3,
+        compression_learning_rate=1e-3,
+        json_out=tmp_path / "figures.json",
+    )
 
 
 def test_corpus_has_the_promised_size(corpus):

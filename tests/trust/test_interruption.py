@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 import shutil
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LENGTHS, tiny_bert_config
+from conftest import LENGTHS, child_environment, tiny_bert_config
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -28,11 +27,8 @@ STEPS, SAVE_STEPS, FREEZE = 24, 3, 12
 
 
 def start(folder: Path, checkpoint: Path | None = None) -> subprocess.Popen:
-    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(SCRIPT), str(folder), *([str(checkpoint)] if checkpoint else [])]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment())
 
 
 def finish(process: subprocess.Popen, folder: Path) -> Tensors:
