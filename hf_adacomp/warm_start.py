@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .budget import assign_lengths
@@ -62,8 +63,9 @@ def warm_start(
             rows = torch.multinomial(weights[members].cpu(), FIT_ROWS, replacement=True, generator=generator)
             members = members[rows.to(members.device)]
         fit_codebook(book, x[members], torch.ones_like(weights[members]) if drawn else weights[members], generator)
-        errors = [(rows.float() - book.reconstruct(rows).float()).square().sum(1) for rows in source.split(FIT_ROWS)]
-        cost[:, k] = weights * torch.cat(errors)
+        for rows, out in zip(source.split(book.block), cost[:, k].split(book.block), strict=True):
+            out.copy_((rows.float() - book.reconstruct(rows).float()).square().sum(1))
+        cost[:, k] *= weights
     return cost
 
 
@@ -73,49 +75,56 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
 
     Given bits, the code vectors and the bias follow in closed form; given those, the encoder descends over the bits.
     """
-    mean, _, variances = principal_axes(x, weights)
-    unit = variances.mean().sqrt().clamp_min(1e-12)  # fit in units of the table's own scale
-    x = (x - mean) / unit
-    vectors, bias = _least_squares(_first_bits(x, weights, book.length, generator), x, weights)
+    _, axes, variances = principal_axes(x, weights)
+    blocks = x.split(book.block)
+    vectors, bias = _least_squares(_first_bits(x, weights, book, generator).split(book.block), blocks, weights)
     for _ in range(FIT_ROUNDS):
-        vectors, bias = _least_squares(nearest_bits(x, vectors, bias), x, weights)
+        vectors, bias = _least_squares((nearest_bits(rows, vectors, bias) for rows in blocks), blocks, weights)
     rounded = book.round(vectors)
-    bias = weights @ (x - nearest_bits(x, rounded, bias) @ rounded) / weights.sum()
+    left = torch.zeros_like(bias)
+    for rows, part in zip(blocks, weights.split(book.block), strict=True):
+        left += part @ (rows - nearest_bits(rows, rounded, bias) @ rounded)
     # Drives of about unit size: gradients pass the step where a bit is near its threshold.
-    scale = 1 / (x @ vectors.T).std(correction=0).clamp_min(1e-6)
-    # Back to the table's units: x_table = unit * x + mean.
-    book.set_vectors(vectors * unit)
-    book.bias.copy_(bias * unit + mean)
-    book.encoder_scale.copy_(scale / unit**2)
+    scale = 1 / ((vectors @ axes).square() @ variances).mean().sqrt().clamp_min(1e-12)
+    book.set_vectors(vectors)
+    book.bias.copy_(left / weights.sum())
+    book.encoder_scale.copy_(scale)
     book.encoder_bias.zero_()
     if not book.tied:
-        book.encoder_weight.copy_(scale * vectors / unit)
-        book.encoder_bias.copy_(-scale * (vectors @ (bias + mean / unit) + vectors.square().sum(1) / 2))
+        book.encoder_weight.copy_(scale * vectors)
+        book.encoder_bias.copy_(-scale * (vectors @ book.bias + vectors.square().sum(1) / 2))
 
 
-def _first_bits(x: Tensor, weights: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """Bits to start from, (N, L): in stages, signs of what is left, along its randomly rotated principal axes.
+def _first_bits(x: Tensor, weights: Tensor, book: BinaryCodebook, generator: torch.Generator) -> Tensor:
+    """Bits to start from, bool (N, L): in stages, signs of what is left, along its randomly rotated principal axes.
 
     Rotated axes carry equal variance, so that all bits of a stage tell alike (Gong and Lazebnik 2011); later stages
     refine the directions that earlier ones left the largest errors in.
     """
-    left, stages = x, []
-    for start in range(0, length, STAGE):
-        bits = min(STAGE, length - start)
+    left = x.clone()
+    bits = torch.empty(len(x), book.length, dtype=torch.bool, device=x.device)
+    for stage in bits.split(STAGE, dim=1):
         mean, axes, _ = principal_axes(left, weights)
-        rank = min(bits, x.shape[1])
-        rotation = torch.linalg.qr(torch.randn(bits, rank, generator=generator))[0].to(x.device)
-        stages.append(((left - mean) @ (axes[:, :rank] @ rotation.T) > 0).to(x.dtype))
-        vectors, bias = _least_squares(stages[-1], left, weights)
-        left = left - stages[-1] @ vectors - bias
-    return torch.cat(stages, dim=1)
+        rank = min(stage.shape[1], x.shape[1])
+        rotation = torch.linalg.qr(torch.randn(stage.shape[1], rank, generator=generator))[0].to(x.device)
+        directions = axes[:, :rank] @ rotation.T
+        torch.gt(left @ directions, mean @ directions, out=stage)
+        vectors, bias = _least_squares(stage.split(book.block), left.split(book.block), weights)
+        left.sub_(bias).addmm_(stage.to(x.dtype), vectors, alpha=-1)
+    return bits
 
 
-def _least_squares(bits: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Code vectors (L, d) and bias (d,) that minimise the weighted error of `bits @ C + c`, slightly ridged."""
-    design = torch.cat([bits, torch.ones_like(bits[:, :1])], dim=1)
-    weighted = design * weights[:, None]
-    gram = weighted.T @ design
-    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-    solution = torch.linalg.solve(gram + ridge, weighted.T @ x)
+def _least_squares(bits: Iterable[Tensor], x: Iterable[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Code vectors (L, d) and bias (d,) that minimise the weighted error of `bits @ C + c`, slightly ridged.
+
+    Bits and vectors x come in blocks of the same rows.
+    """
+    gram, moments, start = torch.zeros(()), torch.zeros(()), 0
+    for chosen, rows in zip(bits, x, strict=True):
+        design = F.pad(chosen.to(rows.dtype), (0, 1), value=1)
+        weighted = (design * weights[start : start + len(rows), None]).T
+        gram, moments, start = gram + weighted @ design, moments + weighted @ rows, start + len(rows)
+    ridge = (1e-3 * gram.diagonal().mean()).repeat(len(gram))
+    ridge[-1] = 0  # of the bias
+    solution = torch.linalg.solve(gram + ridge.diag(), moments)
     return solution[:-1], solution[-1]
