@@ -190,7 +190,7 @@ class BinaryCodebook(nn.Module):
         if self.packed and self.integer_bits:
             if self.integer_bits == 8:
                 return self.weight.to(self.scale.dtype) * self.scale
-            return packing.unpack_nibbles(self.weight, self.dim, self.scale.dtype) * self.scale
+            return packing.unpack_nibbles(self.weight, self.dim, self.scale.dtype).mul_(self.scale)
         vectors: Tensor = self.rate * self.weight
         return vectors + (self.round(vectors.detach()) - vectors).detach()
 

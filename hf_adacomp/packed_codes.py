@@ -73,7 +73,7 @@ class PackedCodes(nn.Module):
 
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Length index, uint8 (N,), and place inside its group, int64 (N,), of each of `tokens`."""
-        return packing.locate(self.lengths, self.ranks, tokens, self.num_tokens)
+        return packing.locate(self.lengths, self.ranks, tokens)
 
     def index(self) -> None:
         """Derive the ranks from the lengths; due whenever those change."""

@@ -33,8 +33,8 @@ from torch.nn import functional as F
 BLOCK = 32
 """Tokens that share one row of prefix counts; a multiple of 8, so that their length indices fill whole bytes."""
 
-BYTE_BITS = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.float32)
-"""The bits of every byte, (256, 8): looking them up is four times as fast as shifting them out."""
+BYTE_BITS = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.uint8)
+"""The bits of every byte, uint8 (256, 8)."""
 
 
 def packed_bytes(bits: int) -> int:
@@ -67,7 +67,10 @@ def unpack_rows(packed: Tensor, rows: Tensor, length: int) -> Tensor:
     """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> float32 0/1 (N, length)."""
     if length % 8 == 0:
         octets = whole_bytes(packed, length).index_select(0, rows).to(torch.int32)
-        return F.embedding(octets, BYTE_BITS.to(packed.device)).view(-1, length)
+        if torch.compiler.is_compiling():  # exported graphs do not reinterpret bytes
+            return ((octets[:, :, None] >> torch.arange(8, device=packed.device)) & 1).to(torch.float32).flatten(1)
+        words = BYTE_BITS.to(packed.device).view(torch.int64).squeeze(1)  # one look-up unpacks eight bits
+        return words.index_select(0, octets.view(-1)).view(torch.uint8).view(-1, length).to(torch.float32)
     position = rows[:, None] * length + torch.arange(length, device=packed.device)
     return ((packed[position >> 3] >> (position & 7).to(torch.uint8)) & 1).to(torch.float32)
 
@@ -108,17 +111,19 @@ def unpack_lengths(rows: Tensor, num_lengths: int) -> Tensor:
     return pieces.sum(dim=2, dtype=torch.int32).to(torch.uint8)  # runtimes of exported graphs sum no bytes
 
 
-def _blocks(lengths: Tensor, num_tokens: int, num_lengths: int) -> Tensor:
-    """The bytes of `lengths`, one row a block of tokens; zeros fill up the last."""
-    size, blocks = BLOCK * index_bits(num_lengths) // 8, -(-num_tokens // BLOCK)
-    return F.pad(lengths, (0, blocks * size - len(lengths))).view(blocks, size)
+def _blocks(lengths: Tensor, blocks: Tensor, num_lengths: int) -> Tensor:
+    """The bytes of blocks of tokens, (N,) -> uint8 (N, B); the last byte of all fills up the last block."""
+    size = BLOCK * index_bits(num_lengths) // 8
+    place = blocks[:, None] * size + torch.arange(size, device=blocks.device)
+    return lengths[place.clamp_max(len(lengths) - 1)]
 
 
 def unpack_assignment(lengths: Tensor, num_tokens: int, num_lengths: int) -> Tensor:
     """Length index of every token: uint8 (B,) -> uint8 (V,)."""
     if index_bits(num_lengths) == 0:
         return torch.zeros(num_tokens, dtype=torch.uint8, device=lengths.device)
-    return unpack_lengths(_blocks(lengths, num_tokens, num_lengths), num_lengths).view(-1)[:num_tokens]
+    blocks = torch.arange(-(-num_tokens // BLOCK), device=lengths.device)
+    return unpack_lengths(_blocks(lengths, blocks, num_lengths), num_lengths).view(-1)[:num_tokens]
 
 
 def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:
@@ -131,13 +136,13 @@ def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:
     return (counts.cumsum(0) - counts).to(torch.int32)
 
 
-def locate(lengths: Tensor, ranks: Tensor, tokens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def locate(lengths: Tensor, ranks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Length index and place inside its group of each of `tokens`: int64 (N,) -> uint8 (N,), int64 (N,)."""
     num_lengths = ranks.shape[1]
     if index_bits(num_lengths) == 0:
         return torch.zeros_like(tokens, dtype=torch.uint8), tokens
     block, inside = tokens // BLOCK, (tokens % BLOCK)[:, None]
-    neighbours = unpack_lengths(_blocks(lengths, num_tokens, num_lengths).index_select(0, block), num_lengths)
+    neighbours = unpack_lengths(_blocks(lengths, block, num_lengths), num_lengths)
     own = neighbours.gather(1, inside)
     earlier = (neighbours == own) & (torch.arange(BLOCK, device=tokens.device) < inside)
     own = own.squeeze(1)

@@ -120,7 +120,7 @@ class CompressedHead(_Place):
             if tokens[k]
         ]
         by_group = torch.cat(by_length)
-        logits = torch.zeros_like(by_group).index_copy(0, order, by_group)
+        logits = torch.empty_like(by_group).index_copy_(0, order, by_group)
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
 
     def _sums(self, book: BinaryCodebook, codes: Tensor, tokens: int, rows: Tensor) -> Tensor:
@@ -133,11 +133,13 @@ class CompressedHead(_Place):
             sums = [packing.unpack_rows(codes, block, book.length) @ scores + bias for block in blocks]
         else:  # scores of all values of each byte of a code, one table a byte
             octets = book.length // 8
-            tables = (packing.BYTE_BITS.to(rows.device) @ scores.view(octets, 8, -1)).view(256 * octets, -1)
+            byte_bits = packing.BYTE_BITS.to(rows.device, rows.dtype)
+            tables = (byte_bits @ scores.view(octets, 8, -1)).view(256 * octets, -1)
             tables = torch.cat([tables[:256] + bias, tables[256:]])
             first = torch.arange(octets, device=rows.device, dtype=torch.int32) * 256
             blocks = packing.whole_bytes(codes, book.length).split(step)
-            sums = [F.embedding_bag(block + first, tables, mode="sum") for block in blocks]
+            # converted first: an addition of two dtypes takes four times as long
+            sums = [F.embedding_bag(block.to(torch.int32).add_(first), tables, mode="sum") for block in blocks]
         return torch.cat(sums)
 
     def extra_repr(self) -> str:

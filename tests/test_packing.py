@@ -147,7 +147,7 @@ def test_everything_stays_on_its_device():
     for num_lengths in (1, 3, 5):
         lengths = packing.pack_lengths(assignment, num_lengths)
         ranks = packing.block_ranks(assignment, num_lengths)
-        places = packing.locate(lengths, ranks, rows, 70)
+        places = packing.locate(lengths, ranks, rows)
         found = [lengths, ranks, *places, packing.unpack_assignment(lengths, 70, num_lengths)]
         assert {tensor.device.type for tensor in found} == {"meta"}
     for length in (5, 16):
@@ -168,7 +168,7 @@ def test_dtypes_are_the_documented_ones():
     for num_lengths, length in ((1, 8), (3, 5), (6, 16)):
         assignment = (tokens % num_lengths).to(torch.uint8)
         lengths, ranks = packing.pack_lengths(assignment, num_lengths), packing.block_ranks(assignment, num_lengths)
-        own, places = packing.locate(lengths, ranks, tokens, 40)
+        own, places = packing.locate(lengths, ranks, tokens)
         assert (lengths.dtype, ranks.dtype, own.dtype, places.dtype) == (
             torch.uint8,
             torch.int32,
