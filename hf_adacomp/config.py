@@ -64,7 +64,7 @@ class AdaCompConfig(QuantizationConfigMixin):
         temperature_start: float = 1.0,
         temperature_end: float = 0.3,
         anneal: str = "exponential",
-        select_fraction: float = 0.5,
+        select_fraction: float = 0.25,
         tied: bool = True,
         orthogonality_weight: float = 0.01,
         reconstruction_weight: float = 0.1,

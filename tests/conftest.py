@@ -67,7 +67,7 @@ def quick_fit(monkeypatch):
 
 @pytest.fixture
 def config() -> AdaCompConfig:
-    return AdaCompConfig(code_lengths=LENGTHS, target_ratio=32)
+    return AdaCompConfig(code_lengths=LENGTHS, target_ratio=32, select_fraction=0.5)
 
 
 @pytest.fixture

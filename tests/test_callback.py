@@ -43,7 +43,7 @@ class Texts(Dataset):
 def new_model(**settings) -> BertForSequenceClassification:
     set_seed(0)
     model = BertForSequenceClassification(tiny_bert_config())
-    return compress(model, AdaCompConfig(LENGTHS, target_ratio=32, **settings))
+    return compress(model, AdaCompConfig(LENGTHS, **{"target_ratio": 32, "select_fraction": 0.5, **settings}))
 
 
 def new_trainer(model, folder, callbacks=(), **settings) -> Trainer:

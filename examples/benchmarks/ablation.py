@@ -15,7 +15,7 @@ VARIANTS = (
     "learned:select_fraction=0",
     "learned:significance=false",
     "learned:select_fraction=0;significance=false",
-    "learned:select_fraction=0.25",
+    "learned:select_fraction=0.5",
     "learned:select_fraction=0.75",
     "learned:code_lengths=[16, 384]",
     "learned:code_lengths=[8, 64, 384]",
