@@ -22,9 +22,8 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     default_data_collator,
-    set_seed,
 )
-from variants import VariantArguments, compare_variants, finish, train
+from variants import VariantArguments, compare_variants, dense_start, finish
 
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
@@ -102,8 +101,7 @@ def main(arguments: list[str] | None = None) -> dict:
         losses = {split: scorer.evaluate(data[split], metric_key_prefix=split) for split in ("validation", "test")}
         return {f"{split}_perplexity": math.exp(loss[f"{split}_loss"]) for split, loss in losses.items()}
 
-    set_seed(training_args.seed)
-    dense = train(new_trainer(model=new_model(args), args=training_args))
+    dense = dense_start(args, training_args, new_trainer, partial(new_model, args))
     variants = compare_variants(dense, args, training_args, new_trainer, perplexities)
     return finish(variants, started, args.json_out)
 

@@ -11,6 +11,7 @@ line-aligned plain text (gzip or not), then compares what `variants.py` makes of
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from comparison import ShortTrainingArguments, parse
@@ -26,9 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    set_seed,
 )
-from variants import VariantArguments, compare_variants, finish, train
+from variants import VariantArguments, compare_variants, dense_start, finish
 
 SPLITS = ("train", "validation", "test")
 PAD, END = "<pad>", "</s>"
@@ -156,8 +156,7 @@ def main(arguments: list[str] | None = None) -> dict:
             for split in ("validation", "test")
         }
 
-    set_seed(training_args.seed)
-    dense = train(new_trainer(new_model(args, tokenizer), args=training_args))
+    dense = dense_start(args, training_args, new_trainer, partial(new_model, args, tokenizer))
     variants = compare_variants(dense, args, training_args, new_trainer, scores)
     return finish(variants, started, args.json_out)
 

@@ -31,7 +31,26 @@ class VariantArguments:
     further_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of those."})
     heads: list[str] = field(default_factory=lambda: [*HEADS], metadata={"help": "Which output heads to try."})
     quick: bool = field(default=False, metadata={"help": "A tenth of the data: to see that it works."})
+    dense_model: str | None = field(
+        default=None, metadata={"help": "The folder `start` of an earlier run: its dense model is not trained again."}
+    )
     json_out: str | None = field(default=None, metadata={"help": "Write every figure to this file."})
+
+
+def dense_start(
+    args: VariantArguments,
+    training_args: TrainingArguments,
+    new_trainer: Callable[..., Trainer],
+    new_model: Callable[[], PreTrainedModel],
+) -> PreTrainedModel:
+    """The dense model that every variant starts from, trained and kept in the output's folder `start`."""
+    set_seed(training_args.seed)
+    model = new_model()
+    if args.dense_model is not None:
+        return type(model).from_pretrained(args.dense_model)
+    model = train(new_trainer(model=model, args=training_args))
+    model.save_pretrained(Path(training_args.output_dir) / "start")
+    return model
 
 
 def train(trainer: Trainer) -> PreTrainedModel:
