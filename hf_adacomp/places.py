@@ -113,14 +113,11 @@ class CompressedHead(_Place):
 
     def _few(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
-        tokens, order = self.embedding.tokens_per_length(), self.embedding.assignment().argsort(stable=True)
-        by_length = [
-            self._sums(book, self.embedding.group(k), tokens[k], rows)
-            for k, book in enumerate(self.embedding.books())
-            if tokens[k]
-        ]
-        by_group = torch.cat(by_length)
-        logits = torch.empty_like(by_group).index_copy_(0, order, by_group)
+        tokens, assignment = self.embedding.tokens_per_length(), self.embedding.assignment()[:, None]
+        logits = rows.new_empty(self.out_features, len(rows))
+        for k, book in enumerate(self.embedding.books()):
+            if tokens[k]:  # codes of a group are in token order
+                logits.masked_scatter_(assignment == k, self._sums(book, self.embedding.group(k), tokens[k], rows))
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
 
     def _sums(self, book: BinaryCodebook, codes: Tensor, tokens: int, rows: Tensor) -> Tensor:
