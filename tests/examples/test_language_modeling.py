@@ -57,6 +57,13 @@ def test_every_table_is_trained_reloaded_and_measured(example, options, tmp_path
     assert "head=compress" in capsys.readouterr().out
 
 
+def test_stored_dense_model_gives_the_same_figures(example, options, tmp_path):
+    module, changes = example("language_modeling"), {"num_train_epochs": 1, "heads": "compress"}
+    trained = module.main(command_line({**options, **changes}))["models"]
+    stored = module.main(command_line({**options, **changes, "dense_model": str(tmp_path / "out" / "start")}))["models"]
+    assert [row["test_perplexity"] for row in stored.values()] == [row["test_perplexity"] for row in trained.values()]
+
+
 def test_quick_takes_a_tenth(example, options):
     module = example("language_modeling")
     args = {name: options[name] for name in ("train_file", "validation_file", "test_file", "vocabulary_size")}
