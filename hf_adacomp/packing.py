@@ -66,11 +66,13 @@ def pack_bits(rows: Tensor) -> Tensor:
 def unpack_rows(packed: Tensor, rows: Tensor, length: int) -> Tensor:
     """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> float32 0/1 (N, length)."""
     if length % 8 == 0:
-        octets = whole_bytes(packed, length).index_select(0, rows).to(torch.int32)
-        if torch.compiler.is_compiling():  # exported graphs do not reinterpret bytes
-            return ((octets[:, :, None] >> torch.arange(8, device=packed.device)) & 1).to(torch.float32).flatten(1)
+        octets = whole_bytes(packed, length).index_select(0, rows)
+        if torch.compiler.is_compiling():  # exported graphs cannot reinterpret bytes
+            place = torch.arange(8, device=packed.device, dtype=torch.uint8)
+            return ((octets[:, :, None] >> place) & 1).to(torch.float32).flatten(1)
         words = BYTE_BITS.to(packed.device).view(torch.int64).squeeze(1)  # one look-up unpacks eight bits
-        return words.index_select(0, octets.view(-1)).view(torch.uint8).view(-1, length).to(torch.float32)
+        bits = words.index_select(0, octets.view(-1).to(torch.int32)).view(torch.uint8)
+        return bits.view(-1, length).to(torch.float32)
     position = rows[:, None] * length + torch.arange(length, device=packed.device)
     return ((packed[position >> 3] >> (position & 7).to(torch.uint8)) & 1).to(torch.float32)
 
@@ -111,19 +113,12 @@ def unpack_lengths(rows: Tensor, num_lengths: int) -> Tensor:
     return pieces.sum(dim=2, dtype=torch.int32).to(torch.uint8)  # runtimes of exported graphs sum no bytes
 
 
-def _blocks(lengths: Tensor, blocks: Tensor, num_lengths: int) -> Tensor:
-    """The bytes of blocks of tokens, (N,) -> uint8 (N, B); the last byte of all fills up the last block."""
-    size = BLOCK * index_bits(num_lengths) // 8
-    place = blocks[:, None] * size + torch.arange(size, device=blocks.device)
-    return lengths[place.clamp_max(len(lengths) - 1)]
-
-
 def unpack_assignment(lengths: Tensor, num_tokens: int, num_lengths: int) -> Tensor:
     """Length index of every token: uint8 (B,) -> uint8 (V,)."""
     if index_bits(num_lengths) == 0:
         return torch.zeros(num_tokens, dtype=torch.uint8, device=lengths.device)
-    blocks = torch.arange(-(-num_tokens // BLOCK), device=lengths.device)
-    return unpack_lengths(_blocks(lengths, blocks, num_lengths), num_lengths).view(-1)[:num_tokens]
+    rows = F.pad(lengths, (0, -len(lengths) % index_bits(num_lengths)))[None]
+    return unpack_lengths(rows, num_lengths).view(-1)[:num_tokens]
 
 
 def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:
@@ -142,7 +137,10 @@ def locate(lengths: Tensor, ranks: Tensor, tokens: Tensor) -> tuple[Tensor, Tens
     if index_bits(num_lengths) == 0:
         return torch.zeros_like(tokens, dtype=torch.uint8), tokens
     block, inside = tokens // BLOCK, (tokens % BLOCK)[:, None]
-    neighbours = unpack_lengths(_blocks(lengths, block, num_lengths), num_lengths)
+    size = BLOCK * index_bits(num_lengths) // 8
+    place = block[:, None] * size + torch.arange(size, device=lengths.device)
+    # Whatever fills up the last block comes after all tokens.
+    neighbours = unpack_lengths(lengths[place.clamp_max(len(lengths) - 1)], num_lengths)
     own = neighbours.gather(1, inside)
     earlier = (neighbours == own) & (torch.arange(BLOCK, device=tokens.device) < inside)
     own = own.squeeze(1)

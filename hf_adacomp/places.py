@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,12 +115,23 @@ class CompressedHead(_Place):
 
     def _few(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
-        tokens, assignment = self.embedding.tokens_per_length(), self.embedding.assignment()[:, None]
         logits = rows.new_empty(self.out_features, len(rows))
-        for k, book in enumerate(self.embedding.books()):
-            if tokens[k]:  # codes of a group are in token order
-                logits.masked_scatter_(assignment == k, self._sums(book, self.embedding.group(k), tokens[k], rows))
+        for k, members in enumerate(self._groups()):
+            if len(members):
+                sums = self._sums(self.embedding.book(k), self.embedding.group(k), len(members), rows)
+                logits.index_copy_(0, members, sums)
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
+
+    def _groups(self) -> Sequence[Tensor]:
+        """Ids of the tokens of each code length, in the order of their codes."""
+        assignment = self.embedding.assignment()
+        if torch.compiler.is_compiling():  # shapes must not depend on values
+            groups: Sequence[Tensor] = torch.split(
+                assignment.argsort(stable=True), [*self.embedding.tokens_per_length()]
+            )
+            return groups
+        # faster than sorting
+        return [(assignment == k).nonzero().squeeze(1) for k in range(len(self.embedding.codebooks))]
 
     def _sums(self, book: BinaryCodebook, codes: Tensor, tokens: int, rows: Tensor) -> Tensor:
         """Logits of a group of codes, (N, d) -> (tokens, N)."""
