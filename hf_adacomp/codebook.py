@@ -35,7 +35,8 @@ class BinaryStep(torch.autograd.Function):
 
 SWEEPS = 4
 BLOCKS = 8
-"""How often each bit is decided, and in how many blocks of bits: each block sees what the others decided."""
+WIDEST = 48
+"""How often each bit is decided, and in how many blocks, of so many bits at most: a block sees what others decided."""
 
 
 def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor) -> tuple[Tensor, 
         The bits, and for each bit drive less sum when it was last decided, both (..., L).
     """
     bits, margins = start.clone(), torch.empty_like(drive)
-    width = -(-drive.shape[-1] // BLOCKS)
+    width = min(-(-drive.shape[-1] // BLOCKS), WIDEST)
     for sweep in range(SWEEPS):
         for first in range(0, drive.shape[-1], width):
             block = slice(first, first + width)

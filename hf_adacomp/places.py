@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -115,23 +113,15 @@ class CompressedHead(_Place):
 
     def _few(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
-        logits = rows.new_empty(self.out_features, len(rows))
-        for k, members in enumerate(self._groups()):
-            if len(members):
-                sums = self._sums(self.embedding.book(k), self.embedding.group(k), len(members), rows)
-                logits.index_copy_(0, members, sums)
+        tokens, order = self.embedding.tokens_per_length(), self.embedding.assignment().argsort(stable=True)
+        by_length = [
+            self._sums(book, self.embedding.group(k), tokens[k], rows)
+            for k, book in enumerate(self.embedding.books())
+            if tokens[k]
+        ]
+        by_group = torch.cat(by_length)
+        logits = torch.zeros_like(by_group).index_copy(0, order, by_group)
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
-
-    def _groups(self) -> Sequence[Tensor]:
-        """Ids of the tokens of each code length, in the order of their codes."""
-        assignment = self.embedding.assignment()
-        if torch.compiler.is_compiling():  # shapes must not depend on values
-            groups: Sequence[Tensor] = torch.split(
-                assignment.argsort(stable=True), [*self.embedding.tokens_per_length()]
-            )
-            return groups
-        # faster than sorting
-        return [(assignment == k).nonzero().squeeze(1) for k in range(len(self.embedding.codebooks))]
 
     def _sums(self, book: BinaryCodebook, codes: Tensor, tokens: int, rows: Tensor) -> Tensor:
         """Logits of a group of codes, (N, d) -> (tokens, N)."""
@@ -143,13 +133,11 @@ class CompressedHead(_Place):
             sums = [packing.unpack_rows(codes, block, book.length) @ scores + bias for block in blocks]
         else:  # scores of all values of each byte of a code, one table a byte
             octets = book.length // 8
-            byte_bits = packing.BYTE_BITS.to(rows.device, rows.dtype)
-            tables = (byte_bits @ scores.view(octets, 8, -1)).view(256 * octets, -1)
+            tables = (packing.BYTE_BITS.to(rows.device) @ scores.view(octets, 8, -1)).view(256 * octets, -1)
             tables = torch.cat([tables[:256] + bias, tables[256:]])
             first = torch.arange(octets, device=rows.device, dtype=torch.int32) * 256
             blocks = packing.whole_bytes(codes, book.length).split(step)
-            # converted first: an addition of two dtypes takes four times as long
-            sums = [F.embedding_bag(block.to(torch.int32).add_(first), tables, mode="sum") for block in blocks]
+            sums = [F.embedding_bag(block + first, tables, mode="sum") for block in blocks]
         return torch.cat(sums)
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from .rate_distortion import binary_code_distortion, principal_axes
 from .token_counts import expected_counts, token_weights
 
 FIT_ROWS = 1 << 15
-FIT_ROUNDS = 8
+FIT_ROUNDS = 16
 STAGE = 64
 """Rows that a code-book is fitted to at most, rounds of encoding and least squares, and bits that start out at once."""
 
