@@ -33,6 +33,16 @@ def test_more_bits_explain_more(tied):
     assert found[2] > 0.75
 
 
+def test_blocks_do_not_matter(monkeypatch):
+    x, weights, found = table(), torch.rand(600) + 0.5, []
+    for bits in (1 << 22, 1 << 9):
+        monkeypatch.setattr("hf_adacomp.codebook.BITS_PER_BLOCK", bits)
+        book = BinaryCodebook(24, 24, tied=True, storage="float32")
+        fit_codebook(book, x, weights, torch.Generator().manual_seed(0))
+        found.append(explained(book, x, weights))
+    assert found[1] == pytest.approx(found[0], abs=5e-3)
+
+
 def test_weights_decide_where_the_error_falls():
     x = table()
     weights = torch.where(torch.arange(600) < 60, 50.0, 1.0)
