@@ -47,11 +47,14 @@ class LanguageFiles:
 class LanguageArguments(VariantArguments, LanguageFiles):
     """Files and sizes come first: they have no defaults."""
 
+    further_epochs: float = field(default=0.5, metadata={"help": "Epochs of every variant after the dense training."})
+    further_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of those."})
+
 
 @dataclass
 class LanguageTrainingArguments(ShortTrainingArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the dense training."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of the dense training."})
+    num_train_epochs: float = field(default=4.0, metadata={"help": "Epochs of the dense training."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows in a training step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Rows in an evaluation step."})
     train_sampling_strategy: str = field(default="random", metadata={"help": "All rows are of one length."})
