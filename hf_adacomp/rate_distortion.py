@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 15
+BLOCK = 1 << 13
 """Rows of a table that are weighted at once: a copy of all of them would double its memory."""
 
 
@@ -13,8 +13,10 @@ def principal_axes(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean (d,), principal axes (d, d) as columns and variances (d,), decreasing, of x (N, d)."""
     share = weights / weights.sum()
     mean = share @ x
-    moments = [(rows * part[:, None]).T @ rows for rows, part in zip(x.split(BLOCK), share.split(BLOCK), strict=True)]
-    variances, axes = torch.linalg.eigh(torch.stack(moments).sum(0) - mean[:, None] * mean)
+    covariance = -mean[:, None] * mean
+    for rows, part in zip(x.split(BLOCK), share.split(BLOCK), strict=True):
+        covariance += (rows * part[:, None]).T @ rows
+    variances, axes = torch.linalg.eigh(covariance)
     return mean, axes.flip(1), variances.flip(0).clamp_min(0)
 
 
