@@ -21,7 +21,8 @@ def train(folder: Path, rows: int, mode: str | None) -> None:
     set_seed(0)
     # Processes would draw different dropout masks.
     config = tiny_bert_config(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = compress(BertForSequenceClassification(config), AdaCompConfig(LENGTHS, target_ratio=32, select_fraction=0.5))
+    settings = AdaCompConfig(LENGTHS, target_ratio=32, select_fraction=0.5)
+    model = compress(BertForSequenceClassification(config), settings)
     arguments = TrainingArguments(
         str(folder),
         max_steps=12,
