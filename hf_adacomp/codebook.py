@@ -189,9 +189,10 @@ class BinaryCodebook(nn.Module):
     def code_vectors(self) -> Tensor:
         """The (L, d) code vectors as stored; gradients reach `weight` (`scale` once packed as integers)."""
         if self.packed and self.integer_bits:
-            if self.integer_bits == 8:
-                return self.weight.to(self.scale.dtype) * self.scale
-            return packing.unpack_nibbles(self.weight, self.dim, self.scale.dtype).mul_(self.scale)
+            dtype = self.scale.dtype
+            whole = self.integer_bits == 8
+            integers = self.weight.to(dtype) if whole else packing.unpack_nibbles(self.weight, self.dim, dtype)
+            return integers.mul_(self.scale)  # in place: one float copy of the book, not two
         vectors: Tensor = self.rate * self.weight
         return vectors + (self.round(vectors.detach()) - vectors).detach()
 

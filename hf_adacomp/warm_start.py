@@ -76,13 +76,13 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: to
     Given bits, the code vectors and the bias follow in closed form; given those, the encoder descends over the bits.
     """
     _, axes, variances = principal_axes(x, weights)
-    blocks = x.split(book.block)
-    vectors, bias = _least_squares(_first_bits(x, weights, book, generator).split(book.block), blocks, weights)
+    blocks, parts = x.split(book.block), weights.split(book.block)
+    vectors, bias = _least_squares(_first_bits(x, weights, book, generator).split(book.block), blocks, parts)
     for _ in range(FIT_ROUNDS):
-        vectors, bias = _least_squares((nearest_bits(rows, vectors, bias) for rows in blocks), blocks, weights)
+        vectors, bias = _least_squares((nearest_bits(rows, vectors, bias) for rows in blocks), blocks, parts)
     rounded = book.round(vectors)
     left = torch.zeros_like(bias)
-    for rows, part in zip(blocks, weights.split(book.block), strict=True):
+    for rows, part in zip(blocks, parts, strict=True):
         left += part @ (rows - nearest_bits(rows, rounded, bias) @ rounded)
     # Drives of about unit size: gradients pass the step where a bit is near its threshold.
     scale = 1 / ((vectors @ axes).square() @ variances).mean().sqrt().clamp_min(1e-12)
@@ -109,21 +109,21 @@ def _first_bits(x: Tensor, weights: Tensor, book: BinaryCodebook, generator: tor
         rotation = torch.linalg.qr(torch.randn(stage.shape[1], rank, generator=generator))[0].to(x.device)
         directions = axes[:, :rank] @ rotation.T
         torch.gt(left @ directions, mean @ directions, out=stage)
-        vectors, bias = _least_squares(stage.split(book.block), left.split(book.block), weights)
+        vectors, bias = _least_squares(*(rows.split(book.block) for rows in (stage, left, weights)))
         left.sub_(bias).addmm_(stage.to(x.dtype), vectors, alpha=-1)
     return bits
 
 
-def _least_squares(bits: Iterable[Tensor], x: Iterable[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+def _least_squares(bits: Iterable[Tensor], x: Iterable[Tensor], weights: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Code vectors (L, d) and bias (d,) that minimise the weighted error of `bits @ C + c`, slightly ridged.
 
-    Bits and vectors x come in blocks of the same rows.
+    Bits, vectors x and weights come in blocks of the same rows.
     """
-    gram, moments, start = torch.zeros(()), torch.zeros(()), 0
-    for chosen, rows in zip(bits, x, strict=True):
+    gram, moments = torch.zeros(()), torch.zeros(())
+    for chosen, rows, part in zip(bits, x, weights, strict=True):
         design = F.pad(chosen.to(rows.dtype), (0, 1), value=1)
-        weighted = (design * weights[start : start + len(rows), None]).T
-        gram, moments, start = gram + weighted @ design, moments + weighted @ rows, start + len(rows)
+        weighted = (design * part[:, None]).T
+        gram, moments = gram + weighted @ design, moments + weighted @ rows
     ridge = (1e-3 * gram.diagonal().mean()).repeat(len(gram))
     ridge[-1] = 0  # of the bias
     solution = torch.linalg.solve(gram + ridge.diag(), moments)
