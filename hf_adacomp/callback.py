@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from .checkpoint import unfinished_checkpoints
 from .embedding import AdaptiveCompressedEmbedding
 from .report import size_report
-from .significance import token_significance
+from .significance import task_metrics
 from .surgery import compressed_embeddings, require_compressed
 from .token_counts import count_tokens, input_name
 
@@ -28,9 +28,9 @@ BEGUN = "_adacomp_begun"
 class AdaCompCallback(TrainerCallback):
     """Drives the compressed embeddings of the model that a `Trainer` trains.
 
-    At the start it counts the training data, if counts were not given, runs the warm start and measures which tokens
-    the model's outputs react to (`AdaCompConfig.significance`); before each optimizer
-    step it forwards `global_step / max_steps`, by which the embeddings anneal and then freeze; at the end it packs.
+    At the start it measures what the model's outputs react to (`AdaCompConfig.significance`), counts the training data,
+    if counts were not given, and runs the warm start; before each optimizer step it forwards `global_step / max_steps`,
+    by which the embeddings anneal and then freeze; at the end it packs.
     Logs gain `adacomp/temperature`, `adacomp/bits_per_token`, `adacomp/ratio` and `adacomp/phase`.
 
     Everything that training depends on lives in the checkpoint: a resumed run repeats the uninterrupted one. When the
@@ -53,23 +53,23 @@ class AdaCompCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_sharding()
-        embeddings = require_compressed(kwargs["model"]).values()
+        model, loader, show_progress = kwargs["model"], kwargs["train_dataloader"], not args.disable_tqdm
+        embeddings = require_compressed(model).values()
         if hasattr(state, BEGUN):
             raise ValueError("AdaCompCallback is twice among the Trainer's callbacks: pass it once")
         setattr(state, BEGUN, True)
         for embedding in embeddings:
             embedding.abandoned = False
-            coder, loader, show_progress = embedding.coder, kwargs["train_dataloader"], not args.disable_tqdm
-            if coder is None or coder.driven:
-                continue
-            if not coder.token_counts.any():  # an evaluation before training may have had to start without them
+        fresh = [embedding for embedding in embeddings if embedding.coder is not None and not embedding.coder.driven]
+        measured = [embedding for embedding in fresh if embedding.config.significance]
+        metrics = task_metrics(model, measured, loader, show_progress)
+        for embedding in fresh:
+            counts, metric = None, metrics.get(embedding)
+            if not embedding.token_counts().any():  # an evaluation before training may have had to start without them
                 rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                counts = count_tokens(loader, embedding.num_embeddings, _id_names(kwargs["model"], embedding), rows)
-                embedding.warm_start(counts, show_progress)
-            elif not coder.warm:
-                embedding.warm_start(show_progress=show_progress)
-            if embedding.config.significance:
-                embedding.weigh(token_significance(kwargs["model"], embedding, loader, show_progress))
+                counts = count_tokens(loader, embedding.num_embeddings, _id_names(model, embedding), rows)
+            if counts is not None or metric is not None or embedding.cold:
+                embedding.warm_start(counts, metric, show_progress)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -74,10 +74,13 @@ def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor) -> tuple[Tensor, 
     return bits, margins
 
 
-def nearest_bits(x: Tensor, vectors: Tensor, bias: Tensor, start: Tensor | None = None) -> Tensor:
-    """Bits of codes near the vectors x, (N, d) -> (N, L), given code vectors (L, d) and a bias (d,)."""
-    overlap = vectors @ vectors.T
-    drive = (x - bias) @ vectors.T - overlap.diagonal() / 2
+def nearest_bits(
+    x: Tensor, vectors: Tensor, bias: Tensor, *, metric: Tensor | None = None, start: Tensor | None = None
+) -> Tensor:
+    """Bits of codes near the vectors x, (N, d) -> (N, L), by code vectors (L, d), a bias (d,) and a metric (d, d)."""
+    readers = vectors if metric is None else vectors @ metric
+    overlap = readers @ vectors.T
+    drive = (x - bias) @ readers.T - overlap.diagonal() / 2
     start = torch.full_like(drive, 0.5) if start is None else start
     return decide_bits(drive, overlap.fill_diagonal_(0), start)[0]
 
@@ -109,13 +112,14 @@ def codebook_bytes(length: int, dim: int, storage: str, dtype: torch.dtype) -> i
 class BinaryCodebook(nn.Module):
     """A code-book of `length` code vectors of width `dim`, with the encoder that chooses among them.
 
-        encode   b = H(F x + f - S b)      b in {0, 1}^L, S = s C C^T off the diagonal: `decide_bits`
+        encode   b = H(F x + f - S b)      b in {0, 1}^L, S = s C M C^T off the diagonal: `decide_bits`
         decode   xhat = C^T b + c          the sum of the active code vectors (rows of C) and the bias c
 
-    With `tied`, `F = s C` and `f = encoder_bias - s (C c + |C_i|^2 / 2)`: encoding descends the squared error, up to
-    the learned bias, and follows the code vectors, which are constants to it. (Gradients that reach them through the
-    encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see code vectors as they will
-    be stored (rounded to `storage`), with gradients passed straight through the rounding and through the step H.
+    With `tied`, `F = s C M` and `f = encoder_bias - s (C M c + diag(C M C^T) / 2)`: encoding descends the squared error
+    in the metric M, up to the learned bias, and follows the code vectors, which are constants to it. (Gradients that
+    reach them through the encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see
+    code vectors as they will be stored (rounded to `storage`), with gradients passed straight through the rounding and
+    through the step H.
 
     A vector is the sum of about L/2 code vectors. If an optimizer moved each by its learning rate, vectors would move
     by many times that: training therefore holds `C = rate * weight` with `rate = sqrt(2 / L)`.
@@ -150,19 +154,24 @@ class BinaryCodebook(nn.Module):
         if not tied:
             self.encoder_weight = nn.Parameter(torch.randn(length, dim, **options) / dim**0.5)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Bits of the vectors x, (..., d) -> (..., L) in {0, 1} of x's dtype, computed in float32 at least."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self._encode(x)
+    def encode(self, x: Tensor, metric: Tensor) -> Tensor:
+        """Bits of the vectors x, (..., d) -> (..., L) in {0, 1} of x's dtype, near them in a metric (d, d).
 
-    def _encode(self, x: Tensor) -> Tensor:
+        Computed in float32 at least.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self._encode(x, metric)
+
+    def _encode(self, x: Tensor, metric: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.no_grad():
-            vectors, scale = self.code_vectors().to(dtype), self.encoder_scale.to(dtype)
-            overlap = (scale * vectors @ vectors.T).fill_diagonal_(0)
-            threshold = vectors @ self.stored_bias().to(dtype) + vectors.square().sum(1) / 2
+            vectors = self.code_vectors().to(dtype)
+            readers = self.encoder_scale.to(dtype) * vectors @ metric.to(dtype)
+            overlap = readers @ vectors.T
+            threshold = readers @ self.stored_bias().to(dtype) + overlap.diagonal() / 2
+            overlap.fill_diagonal_(0)
         if self.tied:
-            drive = scale * (F.linear(x.to(dtype), vectors) - threshold) + self.encoder_bias.to(dtype)
+            drive = F.linear(x.to(dtype), readers) - threshold + self.encoder_bias.to(dtype)
         else:
             drive = F.linear(x.to(dtype), self.encoder_weight.to(dtype), self.encoder_bias.to(dtype))
         with torch.no_grad():
@@ -176,10 +185,10 @@ class BinaryCodebook(nn.Module):
         with torch.autocast(bits.device.type, enabled=False):
             return torch.addmm(self.stored_bias(), bits, self.code_vectors(), out=out)
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """`decode(encode(x))` without gradients, in blocks of bounded memory."""
+    def reconstruct(self, x: Tensor, metric: Tensor) -> Tensor:
+        """`decode(encode(x, metric))` without gradients, in blocks of bounded memory."""
         with torch.no_grad():
-            return torch.cat([self.decode(self.encode(rows)) for rows in x.split(self.block)])
+            return torch.cat([self.decode(self.encode(rows, metric)) for rows in x.split(self.block)])
 
     @property
     def block(self) -> int:

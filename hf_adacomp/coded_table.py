@@ -111,7 +111,7 @@ class CodedTable(nn.Module):
         """
         book = self.book(k)
         if self.coder is not None:
-            return book.encode(self.coder.source[places])
+            return book.encode(self.coder.source[places], self.coder.metric)
         return self.require_packed().bits(k, places).to(book.bias.dtype)
 
     def assignment(self) -> Tensor:

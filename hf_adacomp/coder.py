@@ -20,7 +20,7 @@ PROGRESS_UNIT = 10**9
 
 
 class TokenCoder(nn.Module):
-    """Source table, token counts, length selector and the state of the schedule; dropped when the bits are packed.
+    """Source table, token counts, metric, length selector and the schedule's state; dropped when the bits are packed.
 
     All state is in tensors under fixed names, whatever the phase, so that any checkpoint of a run loads into any
     moment of it.
@@ -41,6 +41,7 @@ class TokenCoder(nn.Module):
         # Parameters without gradient rather than buffers: DDP broadcasts buffers on every forward pass.
         self.source = nn.Parameter(source, requires_grad=False)
         self.token_counts = nn.Parameter(torch.zeros(len(source), dtype=torch.int64, **options), requires_grad=False)
+        self.metric = nn.Parameter(torch.eye(source.shape[1], dtype=source.dtype, **options), requires_grad=False)
         self.selector = LengthSelector(
             len(source), config.lengths, config.selection_gain, dtype=source.dtype, **options
         )
@@ -93,15 +94,20 @@ class TokenCoder(nn.Module):
         """Take over token counts, (V,)."""
         self.token_counts.copy_(checked_counts(token_counts, len(self.source)))
 
+    def set_metric(self, metric: Tensor) -> None:
+        """Take over the metric, (d, d), symmetric and positive definite."""
+        if metric.shape != self.metric.shape or torch.linalg.cholesky_ex(metric.float()).info:
+            raise ValueError(
+                f"metric must be a positive definite matrix of shape {tuple(self.metric.shape)}; got shape "
+                f"{tuple(metric.shape)} with entries from {metric.min():g} to {metric.max():g}"
+            )
+        self.metric.copy_(metric)
+
     def start(self, cost: Tensor, code_bits: int) -> None:
         """Begin selection from the warm start's weighted distortions, (V, n)."""
         self.selector.set_cost(cost, code_bits)
         self.stage.fill_(SELECT)
         self.settle(code_bits)
-
-    def weigh(self, significance: Tensor, code_bits: int) -> None:
-        """Scale the cost of each token's distortion by its `significance`, (V,), and begin selection anew."""
-        self.start(self.selector.cost * significance[:, None], code_bits)
 
     def advance(self, fraction: float, code_bits: int) -> None:
         """Take note that a share `fraction` of training is done: progress, price, and the freeze when it is due."""
@@ -147,5 +153,5 @@ class TokenCoder(nn.Module):
 
     def restore_constants(self) -> None:
         """Mark the constants as such again after transformers loaded them as trainable parameters."""
-        for constant in (self.source, self.token_counts, self.selector.cost):
+        for constant in (self.source, self.token_counts, self.metric, self.selector.cost):
             constant.requires_grad_(False)

@@ -45,8 +45,8 @@ class AdaCompConfig(QuantizationConfigMixin):
             `"bfloat16"` or `"float32"`. Training sees the rounded values, so storing them costs nothing further.
         selection_gain: Factor between the selector's parameters and its logits: an optimizer step of `lr` moves a
             logit by about `selection_gain * lr`, which lets one learning rate serve the model and the selector.
-        significance: Whether training starts with a look at which tokens the model's outputs react to most, on a
-            sample of the training data; if not, or without a Trainer, lengths start from token counts alone.
+        significance: Whether training starts with a look at the directions of the token vectors that the model's
+            outputs react to, on a sample of the training data; if not, or without a Trainer, all count alike.
         head: For models whose output head is tied to the table: `"compress"` computes logits from the same codes,
             `"dense"` leaves the head its own copy of the table, which is saved and counted.
         seed: Seed of the warm start and of the tokens that the regularisers sample.

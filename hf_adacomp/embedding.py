@@ -161,28 +161,27 @@ class AdaptiveCompressedEmbedding(CodedTable):
         """Gumbel-softmax temperature at the current training progress; 0 once the lengths are frozen."""
         return self.coder.temperature if self.coder is not None and self.coder.phase == "select" else 0.0
 
-    def warm_start(self, token_counts: Tensor | None = None, show_progress: bool = True) -> None:
-        """Fit code-books and selection to the source table, weighted by token counts (V,) if given."""
+    def warm_start(
+        self, token_counts: Tensor | None = None, metric: Tensor | None = None, show_progress: bool = True
+    ) -> None:
+        """Fit code-books and selection to the source table.
+
+        Args:
+            token_counts: Occurrences of each token in the training data, (V,), by which tokens weigh.
+            metric: What errors are measured in, (d, d), from here on: `hf_adacomp.significance.task_metrics`.
+            show_progress: Whether to draw a progress bar.
+
+        Raises:
+            ValueError: For counts or a metric that cannot be.
+        """
         coder = self.require_coder("warm_start")
         if token_counts is not None:
             coder.set_counts(token_counts)
+        if metric is not None:
+            coder.set_metric(metric)
         bits, seed = self.code_bits(), self.config.seed
-        cost = warm_start(list(self.books()), coder.source, coder.token_counts, bits, seed, show_progress)
+        cost = warm_start(list(self.books()), coder.source, coder.token_counts, coder.metric, bits, seed, show_progress)
         coder.start(cost, bits)
-
-    def weigh(self, significance: Tensor) -> None:
-        """Let tokens count by `significance`, (V,) positive, besides their counts, when lengths are chosen.
-
-        For the time between the warm start and training; `hf_adacomp.significance.token_significance` measures it.
-        """
-        coder = self.require_coder("weigh")
-        if significance.shape != (self.num_embeddings,) or not (significance > 0).all():
-            raise ValueError(
-                f"significance must hold {self.num_embeddings} positive numbers; got shape {tuple(significance.shape)} "
-                f"from {significance.min():g} to {significance.max():g}"
-            )
-        self.ensure_warm()
-        coder.weigh(significance.to(coder.source), self.code_bits())
 
     def step(self, fraction: float) -> None:
         """Tell the module how far training is, between `backward()` and `optimizer.step()`.
@@ -207,7 +206,9 @@ class AdaptiveCompressedEmbedding(CodedTable):
             loss = loss + settings.orthogonality_weight * orthogonality(self.books())
         if settings.reconstruction_weight:
             tokens = sample_tokens(self.coder.token_counts, settings.seed, int(self.coder.progress)).to(source.device)
-            loss = loss + settings.reconstruction_weight * relative_error(self.decode(tokens), source[tokens])
+            loss = loss + settings.reconstruction_weight * relative_error(
+                self.decode(tokens), source[tokens], self.coder.metric
+            )
         if loss.requires_grad:
             add_gradients(loss, self.codebooks.parameters())
 
@@ -353,9 +354,14 @@ class AdaptiveCompressedEmbedding(CodedTable):
 
     # Helpers
 
+    @property
+    def cold(self) -> bool:
+        """Whether there is a warm start to come."""
+        return self.coder is not None and not self.coder.warm
+
     def ensure_warm(self) -> None:
         """Fit the code-books without token counts if nobody did it with them."""
-        if self.coder is not None and not self.coder.warm:
+        if self.cold:
             logger.warning(
                 "AdaptiveCompressedEmbedding is used before its warm start: fitting without token counts. Pass "
                 "token_counts to compress(), or train with AdaCompCallback(), which counts the training data"

@@ -20,6 +20,11 @@ def principal_axes(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, axes.flip(1), variances.flip(0).clamp_min(0)
 
 
+def squared_norms(x: Tensor, metric: Tensor) -> Tensor:
+    """`x_w^T M x_w` of each row, (N, d) -> (N,), in a metric M (d, d)."""
+    return ((x @ metric) * x).sum(1)
+
+
 def gaussian_distortion(variances: Tensor, bits: float) -> Tensor:
     """Least mean squared error of a Gaussian with these variances at `bits` a vector (reverse water-filling).
 

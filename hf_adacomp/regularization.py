@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .codebook import BinaryCodebook
+from .rate_distortion import squared_norms
 from .token_counts import token_weights
 
 SAMPLED_TOKENS = 1024
@@ -28,9 +29,10 @@ def orthogonality(codebooks: Iterable[BinaryCodebook]) -> Tensor:
     return torch.stack([book.orthogonality() for book in codebooks]).mean()
 
 
-def relative_error(decoded: Tensor, source: Tensor) -> Tensor:
-    """Squared error over squared norm, both summed over the tokens (N, d)."""
-    return (decoded - source).square().sum() / source.square().sum().clamp_min(torch.finfo(source.dtype).tiny)
+def relative_error(decoded: Tensor, source: Tensor, metric: Tensor) -> Tensor:
+    """Squared error over squared norm in a metric (d, d), both summed over the tokens (N, d)."""
+    squared = [squared_norms(vectors, metric).sum() for vectors in (decoded - source, source)]
+    return squared[0] / squared[1].clamp_min(torch.finfo(source.dtype).tiny)
 
 
 def finite_gradients(parameters: Iterable[torch.nn.Parameter]) -> bool:

@@ -126,4 +126,4 @@ def nearest_codes(book: BinaryCodebook, target: Tensor, num_codes: int, seed: in
     generator = torch.Generator().manual_seed(seed)
     vectors, bias = book.code_vectors().float(), book.stored_bias().float()
     start = torch.randint(0, 2, (num_codes, book.length), generator=generator).to(vectors)
-    return nearest_bits(target.expand(num_codes, -1), vectors, bias, start).to(torch.uint8)
+    return nearest_bits(target.expand(num_codes, -1), vectors, bias, start=start).to(torch.uint8)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .budget import assign_lengths
 from .codebook import BinaryCodebook, nearest_bits
-from .rate_distortion import binary_code_distortion, principal_axes
+from .rate_distortion import binary_code_distortion, principal_axes, squared_norms
 from .token_counts import expected_counts, token_weights
 
 FIT_ROWS = 1 << 15
@@ -24,6 +24,7 @@ def warm_start(
     codebooks: Sequence[BinaryCodebook],
     source: Tensor,
     counts: Tensor,
+    metric: Tensor,
     code_bits: int,
     seed: int,
     show_progress: bool = True,
@@ -38,21 +39,25 @@ def warm_start(
         codebooks: One a code length, increasing.
         source: The table, (V, d).
         counts: Occurrences of each token in the training data, (V,).
+        metric: What errors are measured in, M (d, d), positive definite.
         code_bits: Bits available for all codes together.
         seed: Seed of the random rotation and of the sampled batches.
         show_progress: Whether to draw a progress bar.
 
     Returns:
-        `weight_w |x_w - xhat_{w,k}|^2`, (V, n) float32.
+        `weight_w (x_w - xhat_{w,k})^T M (x_w - xhat_{w,k})`, (V, n) float32.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     x = source.detach().to(torch.float32)
     weights = token_weights(expected_counts(counts.to(x.device), x))
     lengths = torch.tensor([book.length for book in codebooks], device=x.device)
-    mean, _, variances = principal_axes(x, weights)
-    bound = torch.stack([binary_code_distortion(variances, book.length) for book in codebooks])
-    energies = torch.cat([(rows - mean).square().sum(1) for rows in x.split(FIT_ROWS)])
-    cost = (weights * energies)[:, None] * (bound / variances.sum().clamp_min(1e-30))
+    metric = metric.detach().to(torch.float32)
+    mean, axes, variances = principal_axes(x, weights)
+    spread = axes * variances.sqrt()
+    seen: Tensor = torch.linalg.eigvalsh(spread.T @ metric @ spread).flip(0).clamp_min(0)  # variances in the metric
+    bound = torch.stack([binary_code_distortion(seen, book.length) for book in codebooks])
+    energies = torch.cat([squared_norms(rows - mean, metric) for rows in x.split(FIT_ROWS)])
+    cost = (weights * energies)[:, None] * (bound / seen.sum().clamp_min(1e-30))
     assignment, _ = assign_lengths(-cost, lengths, code_bits)
     for k, book in enumerate(tqdm(codebooks, desc="Fitting code-books", disable=not show_progress)):
         members = (assignment == k).nonzero().squeeze(1)
@@ -62,46 +67,50 @@ def warm_start(
         if drawn:
             rows = torch.multinomial(weights[members].cpu(), FIT_ROWS, replacement=True, generator=generator)
             members = members[rows.to(members.device)]
-        fit_codebook(book, x[members], torch.ones_like(weights[members]) if drawn else weights[members], generator)
+        own = torch.ones_like(weights[members]) if drawn else weights[members]
+        fit_codebook(book, x[members], own, metric, generator)
         for rows, out in zip(source.split(book.block), cost[:, k].split(book.block), strict=True):
-            out.copy_((rows.float() - book.reconstruct(rows).float()).square().sum(1))
+            out.copy_(squared_norms(rows.float() - book.reconstruct(rows, metric).float(), metric))
         cost[:, k] *= weights
     return cost
 
 
 @torch.no_grad()
-def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, generator: torch.Generator) -> None:
+def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, metric: Tensor, generator: torch.Generator) -> None:
     """Fit one code-book to the vectors x (N, d) under `weights` (N,): encoding and least squares in turn.
 
-    Given bits, the code vectors and the bias follow in closed form; given those, the encoder descends over the bits.
+    Given bits, the code vectors and the bias follow in closed form, whatever the metric (d, d); given those, the
+    encoder descends over the bits.
     """
     _, axes, variances = principal_axes(x, weights)
     blocks, parts = x.split(book.block), weights.split(book.block)
-    vectors, bias = _least_squares(_first_bits(x, weights, book, generator).split(book.block), blocks, parts)
+    vectors, bias = _least_squares(_first_bits(x, weights, metric, book, generator).split(book.block), blocks, parts)
     for _ in range(FIT_ROUNDS):
-        vectors, bias = _least_squares((nearest_bits(rows, vectors, bias) for rows in blocks), blocks, parts)
+        bits = (nearest_bits(rows, vectors, bias, metric=metric) for rows in blocks)
+        vectors, bias = _least_squares(bits, blocks, parts)
     rounded = book.round(vectors)
     left = torch.zeros_like(bias)
     for rows, part in zip(blocks, parts, strict=True):
-        left += part @ (rows - nearest_bits(rows, rounded, bias) @ rounded)
+        left += part @ (rows - nearest_bits(rows, rounded, bias, metric=metric) @ rounded)
     # Drives of about unit size: gradients pass the step where a bit is near its threshold.
-    scale = 1 / ((vectors @ axes).square() @ variances).mean().sqrt().clamp_min(1e-12)
+    readers = vectors @ metric
+    scale = 1 / ((readers @ axes).square() @ variances).mean().sqrt().clamp_min(1e-12)
     book.set_vectors(vectors)
     book.bias.copy_(left / weights.sum())
     book.encoder_scale.copy_(scale)
     book.encoder_bias.zero_()
     if not book.tied:
-        book.encoder_weight.copy_(scale * vectors)
-        book.encoder_bias.copy_(-scale * (vectors @ book.bias + vectors.square().sum(1) / 2))
+        book.encoder_weight.copy_(scale * readers)
+        book.encoder_bias.copy_(-scale * (readers @ book.bias + (readers * vectors).sum(1) / 2))
 
 
-def _first_bits(x: Tensor, weights: Tensor, book: BinaryCodebook, generator: torch.Generator) -> Tensor:
+def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook, generator: torch.Generator) -> Tensor:
     """Bits to start from, bool (N, L): in stages, signs of what is left, along its randomly rotated principal axes.
 
     Rotated axes carry equal variance, so that all bits of a stage tell alike (Gong and Lazebnik 2011); later stages
     refine the directions that earlier ones left the largest errors in.
     """
-    left = x.clone()
+    left = x @ torch.linalg.cholesky(metric)  # where the metric is the Euclidean one
     bits = torch.empty(len(x), book.length, dtype=torch.bool, device=x.device)
     for stage in bits.split(STAGE, dim=1):
         mean, axes, _ = principal_axes(left, weights)

@@ -7,6 +7,8 @@ from torch.autograd import gradcheck
 from hf_adacomp.codebook import BinaryCodebook, BinaryStep, nearest_bits, quantize_rows
 from hf_adacomp.config import CODEBOOK_DTYPES, FLOAT_DTYPES
 
+METRIC = torch.diag(torch.tensor([4.0, 1.0, 1.0, 0.5], dtype=torch.float64))
+
 
 def book(length=6, dim=4, *, tied=False) -> BinaryCodebook:
     return BinaryCodebook(length, dim, tied=tied, storage="float64", dtype=torch.float64)
@@ -44,7 +46,7 @@ def test_encoder_gradient_is_that_of_the_relaxed_network(tied, monkeypatch):
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def gradients():
-        loss = (module.encode(x) * target).sum()
+        loss = (module.encode(x, METRIC) * target).sum()
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     hard = gradients()
@@ -56,7 +58,7 @@ def test_encoder_gradient_is_that_of_the_relaxed_network(tied, monkeypatch):
 
 def test_code_vectors_follow_decoding_alone():
     module = book(tied=True)
-    module.encode(torch.randn(5, 4, dtype=torch.float64)).sum().backward()
+    module.encode(torch.randn(5, 4, dtype=torch.float64), METRIC).sum().backward()
     assert module.weight.grad is None
     assert module.encoder_bias.grad is not None
 
@@ -142,7 +144,7 @@ def test_reconstruct_in_blocks_is_encode_and_decode(monkeypatch):
     module = book()
     x = torch.randn(100, 4, dtype=torch.float64)
     assert module.block == 8
-    assert torch.allclose(module.reconstruct(x), module.decode(module.encode(x)))
+    assert torch.allclose(module.reconstruct(x, METRIC), module.decode(module.encode(x, METRIC)))
 
 
 @pytest.mark.parametrize("length", [1, 8, 512])

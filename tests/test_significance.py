@@ -6,8 +6,11 @@ from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_adacomp import AdaCompConfig, compress
-from hf_adacomp.significance import token_significance
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress
+from hf_adacomp.places import CompressedHead
+from hf_adacomp.significance import RIDGE, task_metrics
+
+DIM = 32
 
 
 class OneDirection(nn.Module):
@@ -21,83 +24,111 @@ class OneDirection(nn.Module):
         return {"logits": self.embedding(input_ids)[..., :1].sum(1)}
 
 
-READ = torch.arange(VOCABULARY) % 256 < 100
-"""Tokens whose vectors lie in the direction that is read, one half of them never seen."""
-
-
 def loader(rows=64, length=8) -> DataLoader:
-    ids = torch.randint(0, VOCABULARY // 2, (rows, length))
+    ids = torch.randint(0, VOCABULARY, (rows, length))
     return DataLoader([{"input_ids": row} for row in ids], batch_size=4)
 
 
+def measured(model, embedding, data) -> torch.Tensor:
+    metric = task_metrics(model, [embedding], data, show_progress=False)[embedding]
+    assert metric.shape == (DIM, DIM)
+    assert metric.dtype == torch.float32
+    assert float(metric.trace()) == pytest.approx(DIM)
+    return metric
+
+
 @pytest.fixture
-def embedding(config, counts):
-    model = BertForSequenceClassification(tiny_bert_config())
-    with torch.no_grad():
-        weight = model.get_input_embeddings().weight
-        weight[:, 0] = 0.2 * READ * weight[:, 0].sign()
-    return compress(model, config, counts).get_input_embeddings()
+def embedding(config):
+    """Not warm yet: measuring needs no code-books."""
+    return compress(BertForSequenceClassification(tiny_bert_config()), config).get_input_embeddings()
 
 
-@pytest.mark.usefixtures("quick_fit")
-def test_tokens_in_the_direction_that_is_read_are_significant_seen_or_not(embedding):
-    significance = token_significance(OneDirection(embedding), embedding, loader(), show_progress=False)
-    assert significance.shape == (VOCABULARY,)
-    for half in (slice(1, 256), slice(256, None)):  # token 0 is padding, a zero vector
-        assert significance[half][READ[half]].min() > 3 * significance[half][~READ[half]].max()
+def test_what_is_read_is_what_the_metric_is_long_in(embedding):
+    expected = RIDGE * torch.eye(DIM)
+    expected[0, 0] += DIM
+    assert torch.allclose(measured(OneDirection(embedding), embedding, loader()), expected / (1 + RIDGE))
+    assert embedding.cold
 
 
-@pytest.mark.usefixtures("quick_fit")
-def test_outputs_that_react_to_nothing_leave_all_tokens_alike(embedding):
+def test_heads_read_in_the_direction_of_the_hidden_states(embedding):
+    class Scorer(OneDirection):
+        """A head over hidden states along the second coordinate that no vector moves."""
+
+        def __init__(self, embedding):
+            super().__init__(embedding)
+            self.head = CompressedHead(embedding)
+
+        def forward(self, input_ids):
+            hidden = torch.zeros(*input_ids.shape, DIM)
+            hidden[..., 1] = 1
+            logits = self.head(hidden)
+            assert torch.equal(logits[0, 0], embedding.source_table()[:, 1])
+            return {"logits": logits + 0 * self.embedding(input_ids).sum()}
+
+    metric = measured(Scorer(embedding), embedding, loader())
+    assert metric.diagonal().argmax() == 1
+    assert float(metric[1, 1]) == pytest.approx((DIM + RIDGE) / (1 + RIDGE))
+
+
+def test_outputs_that_react_to_nothing_leave_all_directions_alike(embedding):
     class Constant(OneDirection):
         def forward(self, input_ids):
             return {"logits": 0 * self.embedding(input_ids)}
 
-    significance = token_significance(Constant(embedding), embedding, loader(), show_progress=False)
-    assert torch.equal(significance, torch.ones(VOCABULARY))
+    assert torch.equal(measured(Constant(embedding), embedding, loader()), torch.eye(DIM))
+
+
+def test_each_table_has_a_metric_of_its_own(config):
+    tables = [
+        AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, DIM), config).requires_grad_(False)
+        for _ in range(2)
+    ]
+
+    class Both(nn.Module):
+        def forward(self, input_ids):
+            return {"logits": tables[0](input_ids)[..., 0] + tables[1](input_ids)[..., 3]}
+
+    metrics = task_metrics(Both(), tables, loader(), show_progress=False)
+    assert [int(metrics[table].diagonal().argmax()) for table in tables] == [0, 3]
 
 
 @pytest.mark.usefixtures("quick_fit")
-def test_measuring_leaves_model_and_random_numbers_alone(bert, config, counts):
+def test_measuring_leaves_model_and_random_numbers_alone(bert, config, counts, ids):
     model = compress(bert, config, counts).train()
     embedding, data = model.get_input_embeddings(), loader()
     before = torch.get_rng_state()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    token_significance(model, embedding, data, show_progress=False)
+    vectors = embedding.eval()(ids)
+    measured(model.train(), embedding, data)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert not embedding._forward_hooks
+    assert torch.equal(embedding.eval()(ids), vectors)
 
 
-@pytest.mark.usefixtures("quick_fit")
-def test_padding_does_not_count(bert, config, counts):
-    embedding = compress(bert, config, counts).get_input_embeddings()
-    rows = [{"input_ids": torch.tensor([5, 6, 7, 0]), "attention_mask": torch.tensor([1, 1, 1, 0])}] * 8
-    masked = token_significance(bert, embedding, DataLoader(rows, batch_size=4), show_progress=False)
-    assert torch.isfinite(masked).all()
-    assert (masked > 0).all()
+def test_padding_does_not_count(bert, config):
+    embedding = compress(bert, config).get_input_embeddings()
+    shown = [{"input_ids": torch.tensor([5, 6, 7]), "attention_mask": torch.tensor([1, 1, 1])}] * 8
+    padded = [{"input_ids": torch.tensor([5, 6, 7, 0]), "attention_mask": torch.tensor([1, 1, 1, 0])}] * 8
+    metrics = [measured(bert, embedding, DataLoader(rows, batch_size=4)) for rows in (shown, padded)]
+    assert torch.allclose(*metrics, atol=1e-4)
 
 
-@pytest.mark.usefixtures("quick_fit")
 def test_model_without_logits_and_loss_is_refused(embedding):
     class Silent(OneDirection):
         def forward(self, input_ids):
             return BaseModelOutput(last_hidden_state=self.embedding(input_ids))
 
     with pytest.raises(ValueError, match=r"neither logits nor a loss but .*Set AdaCompConfig\(significance=False\)"):
-        token_significance(Silent(embedding), embedding, loader(), show_progress=False)
+        measured(Silent(embedding), embedding, loader())
 
 
-@pytest.mark.usefixtures("quick_fit")
 def test_columns_for_the_trainer_alone_are_left_out(embedding):
     rows = [{"input_ids": torch.tensor([3, 4]), "weight_of_row": torch.tensor(2.0)}] * 4
-    model = OneDirection(embedding)
-    assert token_significance(model, embedding, DataLoader(rows, batch_size=4), show_progress=False).shape
+    measured(OneDirection(embedding), embedding, DataLoader(rows, batch_size=4))
 
 
-@pytest.mark.usefixtures("quick_fit")
 @pytest.mark.parametrize("answer", ["a tuple", "other inputs"])
 def test_model_that_cannot_be_asked_is_refused(embedding, answer):
     class Odd(nn.Module):
@@ -106,27 +137,28 @@ def test_model_that_cannot_be_asked_is_refused(embedding, answer):
 
     rows = [{"features" if answer == "a tuple" else "input_ids": torch.tensor([3, 4])}] * 4
     with pytest.raises(ValueError, match=r"cannot measure which tokens matter.*significance=False"):
-        token_significance(Odd(), embedding, DataLoader(rows, batch_size=4), show_progress=False)
+        measured(Odd(), embedding, DataLoader(rows, batch_size=4))
+    assert embedding(torch.tensor([3])).shape == (1, DIM)  # computes what it is for again
 
 
-@pytest.mark.usefixtures("quick_fit")
-def test_significant_tokens_get_longer_codes_at_the_same_size(bert, config, counts):
-    embedding = compress(bert, config, counts).get_input_embeddings()
-    significance = torch.ones(VOCABULARY)
-    significance[200:230] = 30
-    before = embedding.code_lengths()
-    embedding.weigh(significance)
-    after = embedding.code_lengths()
-    assert (after[200:230] >= before[200:230]).all()
-    assert after[200:230].sum() > before[200:230].sum()
-    assert after.sum() <= embedding.code_bits()
+def test_errors_are_least_where_the_metric_is_long(config, counts):
+    table = nn.Embedding(VOCABULARY, DIM)
+    errors = []
+    for weight in (1.0, 30.0):
+        metric = torch.eye(DIM)
+        metric[0, 0] = weight
+        embedding = AdaptiveCompressedEmbedding.from_embedding(table, config)
+        embedding.warm_start(counts, metric, show_progress=False)
+        errors.append((embedding.to_embedding().weight - table.weight).square().mean(0))
+    assert errors[1][0] < 0.5 * errors[0][0]
+    assert errors[1][1:].mean() > errors[0][1:].mean()
 
 
-@pytest.mark.parametrize("bad", [torch.ones(3), torch.zeros(VOCABULARY), torch.full((VOCABULARY,), torch.nan)])
-@pytest.mark.usefixtures("quick_fit")
-def test_bad_significance_is_refused(embedding, bad):
-    with pytest.raises(ValueError, match="positive numbers"):
-        embedding.weigh(bad)
+@pytest.mark.parametrize("bad", [torch.ones(3), -torch.eye(DIM), torch.full((DIM, DIM), torch.nan)])
+def test_bad_metric_is_refused(embedding, bad):
+    with pytest.raises(ValueError, match="metric must be a positive definite matrix of shape"):
+        embedding.warm_start(metric=bad)
+    assert embedding.cold
 
 
 def test_switch_is_validated():
