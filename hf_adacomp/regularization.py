@@ -30,9 +30,9 @@ def orthogonality(codebooks: Iterable[BinaryCodebook]) -> Tensor:
 
 
 def relative_error(decoded: Tensor, source: Tensor, metric: Tensor) -> Tensor:
-    """Squared error over squared norm in a metric (d, d), both summed over the tokens (N, d)."""
-    squared = [squared_norms(vectors, metric).sum() for vectors in (decoded - source, source)]
-    return squared[0] / squared[1].clamp_min(torch.finfo(source.dtype).tiny)
+    """Squared error in a metric (d, d) over squared norm, both summed over the tokens (N, d)."""
+    error = squared_norms(decoded - source, metric).sum()
+    return error / source.square().sum().clamp_min(torch.finfo(source.dtype).tiny)
 
 
 def finite_gradients(parameters: Iterable[torch.nn.Parameter]) -> bool:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .budget import assign_lengths
 from .codebook import BinaryCodebook, nearest_bits
-from .rate_distortion import binary_code_distortion, principal_axes, squared_norms
+from .rate_distortion import BLOCK, binary_code_distortion, principal_axes, squared_norms
 from .token_counts import expected_counts, token_weights
 
 FIT_ROWS = 1 << 15
@@ -56,7 +56,7 @@ def warm_start(
     spread = axes * variances.sqrt()
     seen: Tensor = torch.linalg.eigvalsh(spread.T @ metric @ spread).flip(0).clamp_min(0)  # variances in the metric
     bound = torch.stack([binary_code_distortion(seen, book.length) for book in codebooks])
-    energies = torch.cat([squared_norms(rows - mean, metric) for rows in x.split(FIT_ROWS)])
+    energies = torch.cat([squared_norms(rows - mean, metric) for rows in x.split(BLOCK)])
     cost = (weights * energies)[:, None] * (bound / seen.sum().clamp_min(1e-30))
     assignment, _ = assign_lengths(-cost, lengths, code_bits)
     for k, book in enumerate(tqdm(codebooks, desc="Fitting code-books", disable=not show_progress)):
