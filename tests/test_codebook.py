@@ -6,6 +6,7 @@ from torch.autograd import gradcheck
 
 from hf_adacomp.codebook import BinaryCodebook, BinaryStep, nearest_bits, quantize_rows
 from hf_adacomp.config import CODEBOOK_DTYPES, FLOAT_DTYPES
+from hf_adacomp.rate_distortion import squared_norms
 
 METRIC = torch.diag(torch.tensor([4.0, 1.0, 1.0, 0.5], dtype=torch.float64))
 
@@ -70,15 +71,17 @@ def test_bits_are_those_of_the_nearest_sum_of_orthogonal_vectors():
     assert torch.equal(nearest_bits(x, vectors, torch.zeros(12, dtype=torch.float64)), bits)
 
 
+@pytest.mark.parametrize("euclidean", [True, False])
 @pytest.mark.parametrize("alike", [0.0, 0.5, 5.0])
-def test_more_sweeps_never_lose(alike, monkeypatch):
+def test_more_sweeps_never_lose(alike, euclidean, monkeypatch):
     """Also for vectors that all have a direction in common, where deciding many bits at once overshoots."""
     vectors, x, bias = torch.randn(64, 16) + alike * torch.randn(16), 4 * torch.randn(100, 16), torch.randn(16)
+    metric = torch.eye(16) if euclidean else torch.randn(16, 16).cov() + torch.eye(16)
     errors = []
     for sweeps in range(1, 7):
         monkeypatch.setattr("hf_adacomp.codebook.SWEEPS", sweeps)
-        decoded = nearest_bits(x, vectors, bias) @ vectors + bias
-        errors.append((x - decoded).square().sum(1))
+        decoded = nearest_bits(x, vectors, bias, metric=metric) @ vectors + bias
+        errors.append(squared_norms(x - decoded, metric))
     assert all((after <= before + 1e-2).all() for before, after in pairwise(errors))
     assert errors[-1].sum() < errors[0].sum()
 

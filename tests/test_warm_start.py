@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hf_adacomp.codebook import BinaryCodebook
+from hf_adacomp.rate_distortion import squared_norms
 from hf_adacomp.token_counts import expected_counts, token_weights
 from hf_adacomp.warm_start import fit_codebook, warm_start
 
@@ -53,6 +54,19 @@ def test_weights_decide_where_the_error_falls():
     fit_codebook(books[1], x, torch.ones(600), EYE, torch.Generator().manual_seed(0))
     errors = [(x - book.reconstruct(x, EYE)).square().sum(1)[:60].sum() for book in books]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fits_are_best_in_their_own_metric(tied):
+    x = torch.randn(200, 4)
+    metrics = [torch.eye(4), torch.tensor([50.0, 1.0, 1.0, 0.1]).diag()]
+    errors = []
+    for metric in metrics:
+        fitted = BinaryCodebook(6, 4, tied=tied, storage="float32")
+        fit_codebook(fitted, x, torch.ones(200), metric, torch.Generator().manual_seed(0))
+        errors.append([float(squared_norms(x - fitted.reconstruct(x, metric), m).sum()) for m in metrics])
+    assert errors[0][0] < errors[1][0]
+    assert errors[1][1] < errors[0][1]
 
 
 @pytest.mark.usefixtures("quick_fit")
