@@ -30,7 +30,7 @@ class VariantArguments:
     further_epochs: float = field(default=1.0, metadata={"help": "Epochs of every variant after the dense training."})
     further_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of those."})
     heads: list[str] = field(default_factory=lambda: [*HEADS], metadata={"help": "Which output heads to try."})
-    quick: bool = field(default=False, metadata={"help": "A tenth of the data: to see that it works."})
+    quick: bool = field(default=False, metadata={"help": "A small part of the data: to see that it works."})
     dense_model: str | None = field(
         default=None, metadata={"help": "The folder `start` of an earlier run: its dense model is not trained again."}
     )
