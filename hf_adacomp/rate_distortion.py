@@ -9,13 +9,19 @@ BLOCK = 1 << 13
 """Rows of a table that are weighted at once: a copy of all of them would double its memory."""
 
 
-def principal_axes(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted mean (d,), principal axes (d, d) as columns and variances (d,), decreasing, of x (N, d)."""
+def mean_and_covariance(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean (d,) and covariance (d, d) of x (N, d)."""
     share = weights / weights.sum()
     mean = share @ x
     covariance = -mean[:, None] * mean
     for rows, part in zip(x.split(BLOCK), share.split(BLOCK), strict=True):
         covariance += (rows * part[:, None]).T @ rows
+    return mean, covariance
+
+
+def principal_axes(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted mean (d,), principal axes (d, d) as columns and variances (d,), decreasing, of x (N, d)."""
+    mean, covariance = mean_and_covariance(x, weights)
     variances, axes = torch.linalg.eigh(covariance)
     return mean, axes.flip(1), variances.flip(0).clamp_min(0)
 

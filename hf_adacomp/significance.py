@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -65,31 +66,28 @@ def task_metrics(
     moments = {table: torch.zeros(table.embedding_dim, table.embedding_dim, device=device) for table in embeddings}
     uses: list[Use] = []
     measured = 0
-    was_training = model.training
-    model.eval()
+    name = input_name(model)
     with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
         stack.enter_context(torch.random.fork_rng())  # training shall draw the same numbers without us
         torch.manual_seed(embeddings[0].config.seed)
         for table in embeddings:
             stack.enter_context(_source_vectors(model, table, uses, moments[table]))
-        name = input_name(model)
-        try:
-            for row in tqdm(_rows(loader, name), desc="Measuring significance", disable=not show_progress):
-                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in row.items()}
-                mask = batch.get("attention_mask")
-                with torch.enable_grad():
-                    output = _random_output(_outputs(model, batch), batch)
-                    gradients = torch.autograd.grad(output, [use.result for use in uses], allow_unused=True)
-                for use, gradient in zip(uses, gradients, strict=True):
-                    if gradient is not None:
-                        rows = use.reactions(gradient, mask).to(torch.float32)
-                        use.moments.addmm_(rows.T, rows)
-                        measured += len(rows)
-                uses.clear()
-                if measured >= MEASURED_VECTORS:
-                    break
-        finally:
-            model.train(was_training)
+        for row in tqdm(_rows(loader, name), desc="Measuring significance", disable=not show_progress):
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in row.items()}
+            mask = batch.get("attention_mask")
+            with torch.enable_grad():
+                output = _random_output(_outputs(model, batch), batch)
+                gradients = torch.autograd.grad(output, [use.result for use in uses], allow_unused=True)
+            for use, gradient in zip(uses, gradients, strict=True):
+                if gradient is not None:
+                    rows = use.reactions(gradient, mask).to(torch.float32)
+                    use.moments.addmm_(rows.T, rows)
+                    measured += len(rows)
+            uses.clear()
+            if measured >= MEASURED_VECTORS:
+                break
     return {table: _metric(sums) for table, sums in moments.items()}
 
 
@@ -124,22 +122,19 @@ def _source_vectors(
         uses.append(Use(moments, exact, reactions))
         return exact * table.scale
 
-    def logits(bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        def score(hidden: Tensor) -> Tensor:
-            def reactions(gradient: Tensor, _: Tensor | None) -> Tensor:
-                # Those of all tokens' vectors at one position have the second moments of this one row.
-                rows: Tensor = hidden.detach() * gradient.norm(dim=-1, keepdim=True)
-                return rows.flatten(0, -2)
+    def score(bias: Tensor | None, hidden: Tensor) -> Tensor:
+        def reactions(gradient: Tensor, _: Tensor | None) -> Tensor:
+            # Those of all tokens' vectors at one position have the second moments of this one row.
+            rows: Tensor = hidden.detach() * gradient.norm(dim=-1, keepdim=True)
+            return rows.flatten(0, -2)
 
-            scores = F.linear(hidden, source, bias)
-            uses.append(Use(moments, scores if scores.requires_grad else scores.requires_grad_(), reactions))
-            return scores
-
-        return score
+        logits = F.linear(hidden, source, bias).requires_grad_()
+        uses.append(Use(moments, logits, reactions))
+        return logits
 
     heads = [head for head in compressed_heads(model).values() if head.embedding is table]
     places: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [(table, look_up)]
-    places += [(head, logits(head.bias)) for head in heads]
+    places += [(head, partial(score, head.bias)) for head in heads]
     for module, forward in places:
         module.forward = forward
     try:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .budget import assign_lengths
 from .codebook import BinaryCodebook, nearest_bits
-from .rate_distortion import BLOCK, binary_code_distortion, principal_axes, squared_norms
+from .rate_distortion import BLOCK, binary_code_distortion, mean_and_covariance, principal_axes, squared_norms
 from .token_counts import expected_counts, token_weights
 
 FIT_ROWS = 1 << 15
@@ -52,9 +52,9 @@ def warm_start(
     weights = token_weights(expected_counts(counts.to(x.device), x))
     lengths = torch.tensor([book.length for book in codebooks], device=x.device)
     metric = metric.detach().to(torch.float32)
-    mean, axes, variances = principal_axes(x, weights)
-    spread = axes * variances.sqrt()
-    seen: Tensor = torch.linalg.eigvalsh(spread.T @ metric @ spread).flip(0).clamp_min(0)  # variances in the metric
+    mean, covariance = mean_and_covariance(x, weights)
+    root = torch.linalg.cholesky(metric)
+    seen: Tensor = torch.linalg.eigvalsh(root.T @ covariance @ root).flip(0).clamp_min(0)  # variances in the metric
     bound = torch.stack([binary_code_distortion(seen, book.length) for book in codebooks])
     energies = torch.cat([squared_norms(rows - mean, metric) for rows in x.split(BLOCK)])
     cost = (weights * energies)[:, None] * (bound / seen.sum().clamp_min(1e-30))
@@ -82,7 +82,6 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, metric: Tenso
     Given bits, the code vectors and the bias follow in closed form, whatever the metric (d, d); given those, the
     encoder descends over the bits.
     """
-    _, axes, variances = principal_axes(x, weights)
     blocks, parts = x.split(book.block), weights.split(book.block)
     vectors, bias = _least_squares(_first_bits(x, weights, metric, book, generator).split(book.block), blocks, parts)
     for _ in range(FIT_ROUNDS):
@@ -94,7 +93,8 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, metric: Tenso
         left += part @ (rows - nearest_bits(rows, rounded, bias, metric=metric) @ rounded)
     # Drives of about unit size: gradients pass the step where a bit is near its threshold.
     readers = vectors @ metric
-    scale = 1 / ((readers @ axes).square() @ variances).mean().sqrt().clamp_min(1e-12)
+    _, covariance = mean_and_covariance(x, weights)
+    scale = 1 / squared_norms(readers, covariance).mean().clamp_min(1e-24).sqrt()
     book.set_vectors(vectors)
     book.bias.copy_(left / weights.sum())
     book.encoder_scale.copy_(scale)
