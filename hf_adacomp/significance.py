@@ -3,10 +3,15 @@
 With the gradients g of the model's outputs at the vectors of all token positions, and, where a tied head turns hidden
 states h into logits, the gradients z at those,
 
-    G = sum g g^T + sum |z|^2 h h^T        M = (G / mean(diag G) + RIDGE I) / (1 + RIDGE)
+    G = sum g g^T + sum |z|^2 h h^T        M = (R / mean(diag R) + I) / 2,  R = G^(1/2)
 
 an error e of a token's vector costs the outputs about `e^T M e`. Code-books are fitted and code lengths chosen in this
 metric. It needs no occurrence of a token, so that tokens which the training data never shows are judged too.
+
+Gradients tell of small errors: a few directions in which they are huge hold most of G (two of 384 hold 60 % of it in a
+tagger), while outputs react to a large error in them far less than in proportion. Hence the root, as in full-matrix
+AdaGrad (Duchi et al. 2011), and the Euclidean half. Without training, texts that are coded so diverge from the dense
+model by a fifth less (KL, mean of TREC, SST-2, SNLI and UD-EWT at 80x and 300x) than with G itself and 3 I.
 """
 
 from __future__ import annotations
@@ -27,10 +32,6 @@ from tqdm.auto import tqdm
 from .embedding import AdaptiveCompressedEmbedding
 from .surgery import compressed_heads
 from .token_counts import columns, input_name
-
-RIDGE = 3.0
-"""Weight of the Euclidean metric. Measured on TREC, SST-2, SNLI and a language model: 1 does as well, 0.3 and 10 worse,
-as a sample of gradients does not show all that matters."""
 
 MEASURED_ROWS = 2048
 MEASURED_VECTORS = 1 << 17
@@ -92,8 +93,12 @@ def task_metrics(
 
 
 def _metric(moments: Tensor) -> Tensor:
-    euclidean, average = torch.eye(len(moments), device=moments.device), moments.diagonal().mean()
-    return (moments / average + RIDGE * euclidean) / (1 + RIDGE) if average > 0 else euclidean
+    euclidean = torch.eye(len(moments), device=moments.device)
+    if not moments.any():
+        return euclidean
+    variances, axes = torch.linalg.eigh(moments)
+    reaction = (axes * variances.clamp_min(0).sqrt()) @ axes.T
+    return (reaction / reaction.diagonal().mean() + euclidean) / 2
 
 
 class Use(NamedTuple):

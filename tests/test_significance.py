@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress
 from hf_adacomp.places import CompressedHead
-from hf_adacomp.significance import RIDGE, task_metrics
+from hf_adacomp.significance import task_metrics
 
 DIM = 32
 
@@ -44,10 +44,20 @@ def embedding(config):
 
 
 def test_what_is_read_is_what_the_metric_is_long_in(embedding):
-    expected = RIDGE * torch.eye(DIM)
-    expected[0, 0] += DIM
-    assert torch.allclose(measured(OneDirection(embedding), embedding, loader()), expected / (1 + RIDGE))
+    expected = torch.eye(DIM) / 2
+    expected[0, 0] += DIM / 2
+    assert torch.allclose(measured(OneDirection(embedding), embedding, loader()), expected, atol=1e-3)
     assert embedding.cold
+
+
+def test_directions_count_by_the_size_of_gradients_not_its_square(embedding):
+    class TwoDirections(OneDirection):
+        def forward(self, input_ids):
+            return {"logits": self.embedding(input_ids)[..., :2].sum(1) * torch.tensor([1.0, 9.0])}
+
+    reaction = measured(TwoDirections(embedding), embedding, loader(rows=512)).diagonal() - 0.5
+    assert float(reaction[1] / reaction[0]) == pytest.approx(9, rel=0.2)
+    assert float(reaction[2:].abs().max()) == pytest.approx(0, abs=1e-3)
 
 
 def test_heads_read_in_the_direction_of_the_hidden_states(embedding):
@@ -67,7 +77,7 @@ def test_heads_read_in_the_direction_of_the_hidden_states(embedding):
 
     metric = measured(Scorer(embedding), embedding, loader())
     assert metric.diagonal().argmax() == 1
-    assert float(metric[1, 1]) == pytest.approx((DIM + RIDGE) / (1 + RIDGE))
+    assert float(metric[1, 1]) == pytest.approx((DIM + 1) / 2, rel=1e-3)
 
 
 def test_outputs_that_react_to_nothing_leave_all_directions_alike(embedding):
