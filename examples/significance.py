@@ -4,20 +4,25 @@ python examples/significance.py --train_file train.tsv --test_file test.tsv --co
 
 Trains dense, compresses and trains on as `text_classification.py` does, then writes `significance.png` and
 `significance.json`: a histogram of lengths, lengths against counts with the tokens' information about the label as
-colour, the tokens whose length their count does not explain, and the rank correlation of length and information at
-equal count.
+colour, the tokens whose length their count does not explain, and rank correlations with that information at equal
+count: of the code lengths, of how sure the dense model is of the texts a token stands in, and of the damage to its
+outputs where one token of a text has no vector of its own (the mean stands there) or the shortest code.
 """
 
+import copy
 import json
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from comparison import CompressionArguments, ShortTrainingArguments, Task, compare, parse
+from damage import shortest_codes, sureness_and_damage
 from labelled_texts import DataTrainingArguments
 from scipy.stats import rankdata
 from scipy.stats import t as student
 from text_classification import ModelArguments, text_classification
+from torch.utils.data import DataLoader
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without windows
@@ -96,15 +101,34 @@ def main(arguments: list[str] | None = None) -> dict:
     folder = Path(training_args.output_dir)
     task = text_classification(model_args, data_args, training_args.seed)
     model, figures = compare(task, compression_args, training_args)
-    lengths = model.get_input_embeddings().code_lengths().numpy()
-    counts = task.token_counts(len(lengths)).numpy()
+    lengths = model.get_input_embeddings().code_lengths()
+    counts = task.token_counts(len(lengths))
     information = label_information(task, len(lengths))
-    telling = (counts >= LEAST_COUNT) & ~np.isin(np.arange(len(lengths)), task.tokenizer.all_special_ids)
-    figures["length_and_information"] = correlation_at_equal_count(
-        lengths[telling], information[telling], counts[telling]
+
+    dense = task.new_model() if compression_args.one_run else type(model).from_pretrained(folder / "dense")
+    texts = task.splits["train"]
+    by_length = np.argsort([len(ids) for ids in texts["input_ids"]])  # little padding
+    batches = DataLoader(
+        texts.select(by_length), batch_size=training_args.per_device_train_batch_size, collate_fn=task.collator
     )
-    print(f"\nRank correlation of length and information at equal count: {figures['length_and_information']}")
-    plot(lengths, counts, information, folder / "significance.png")
+    source = dense.get_input_embeddings().weight.detach()
+    tables = {
+        "damage_without_vector": (counts / counts.sum() @ source).expand_as(source),
+        "damage_of_shortest_code": shortest_codes(
+            copy.deepcopy(dense), model.get_input_embeddings().config, batches, counts
+        ),
+    }
+    special = torch.tensor(task.tokenizer.all_special_ids)
+    measures = {"code_length": lengths.numpy()} | sureness_and_damage(dense, batches, tables, special)
+    ordinary = (counts.numpy() >= LEAST_COUNT) & ~np.isin(np.arange(len(counts)), special)
+    figures["correlation_with_label_information"] = {}
+    print("\nRank correlation with information about the label at equal count")
+    for name, values in measures.items():
+        known = ordinary & ~np.isnan(values)
+        found = correlation_at_equal_count(values[known], information[known], counts.numpy()[known])
+        figures["correlation_with_label_information"][name] = found
+        print(f"{name:<26}{found['correlation']:>8.3f}  p = {found['p']:.1e}, {found['tokens']} tokens")
+    plot(lengths.numpy(), counts.numpy(), information, folder / "significance.png")
     (folder / "significance.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 

@@ -97,8 +97,9 @@ def _metric(moments: Tensor) -> Tensor:
     if not moments.any():
         return euclidean
     variances, axes = torch.linalg.eigh(moments)
-    reaction = (axes * variances.clamp_min(0).sqrt()) @ axes.T
-    return (reaction / reaction.diagonal().mean() + euclidean) / 2
+    reaction: Tensor = (axes * variances.clamp_min(0).sqrt()) @ axes.T
+    reaction /= reaction.diagonal().mean()
+    return (reaction + euclidean) / 2
 
 
 class Use(NamedTuple):

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, tiny_bert_config
+from torch.utils.data import DataLoader
+from transformers import BertForSequenceClassification
 
 
 def test_information_about_the_label(example):
@@ -29,8 +31,10 @@ def test_correlation_at_equal_count_sees_through_counts(example):
 
 def test_significance_script(example, toy_arguments, tmp_path):
     figures = example("significance").main(toy_arguments())
-    assert figures["length_and_information"]["tokens"] > 100
-    assert -1 <= figures["length_and_information"]["correlation"] <= 1
+    found = figures["correlation_with_label_information"]
+    assert [*found] == ["code_length", "sureness", "damage_without_vector", "damage_of_shortest_code"]
+    assert found["code_length"]["tokens"] > 100
+    assert all(-1 <= correlation["correlation"] <= 1 for correlation in found.values())
     assert (tmp_path / "out" / "significance.png").stat().st_size > 10_000
 
 
@@ -47,3 +51,21 @@ def test_similarity_script(example, tmp_path, capsys):
     assert figures["set"]["dense"] > 0.99
     assert 0.5 < figures["set"]["4x"] < figures["set"]["dense"]
     assert "dense" in capsys.readouterr().out
+
+
+def test_damage_is_that_of_the_replaced_token_alone(example):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_bert_config(initializer_range=0.5))
+    source = model.get_input_embeddings().weight.detach()
+    changed = source.clone()
+    changed[7] *= -1
+    rows = [{"input_ids": torch.tensor([1, 5, 6, 7, 8])} | {"attention_mask": torch.ones(5)} for _ in range(40)]
+    measured = example("damage").sureness_and_damage(
+        model, DataLoader(rows, batch_size=4), {"same": source, "changed": changed}, torch.tensor([1])
+    )
+    assert np.array_equal(np.isfinite(measured["changed"]).nonzero()[0], [5, 6, 7, 8])
+    assert np.nanmax(np.abs(measured["same"])) < 1e-6
+    assert measured["changed"][7] > 1e-3
+    assert np.abs(measured["changed"][[5, 6, 8]]).max() < 1e-6
+    assert 0.5 <= measured["sureness"][5] <= 1
+    assert np.isnan(measured["sureness"][1])
