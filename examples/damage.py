@@ -19,12 +19,17 @@ LEAST_TIMES = 3
 
 
 @torch.no_grad()
-def shortest_codes(model: PreTrainedModel, config: AdaCompConfig, batches: DataLoader, counts: Tensor) -> Tensor:
-    """The table if every token had a code of the shortest length, before any training, (V, d). Compresses `model`."""
+def shortest_codes(
+    model: PreTrainedModel, config: AdaCompConfig, batches: DataLoader, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The table if every token had a code of the shortest length, before any training, (V, d): by code-books fitted in
+    the task's metric, and by those that know nothing of the task. Compresses `model`.
+    """
     embedding = compress(model, config, counts).get_input_embeddings()
-    if config.significance:
-        embedding.warm_start(metric=task_metrics(model, [embedding], batches)[embedding])
-    return embedding.book(0).reconstruct(embedding.source_table(), embedding.coder.metric)
+    tables = [embedding.book(0).reconstruct(embedding.source_table(), embedding.coder.metric)]
+    embedding.warm_start(metric=task_metrics(model, [embedding], batches)[embedding])
+    tables.append(embedding.book(0).reconstruct(embedding.source_table(), embedding.coder.metric))
+    return tables[1], tables[0]
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ Trains dense, compresses and trains on as `text_classification.py` does, then wr
 `significance.json`: a histogram of lengths, lengths against counts with the tokens' information about the label as
 colour, the tokens whose length their count does not explain, and rank correlations with that information at equal
 count: of the code lengths, of how sure the dense model is of the texts a token stands in, and of the damage to its
-outputs where one token of a text has no vector of its own (the mean stands there) or the shortest code.
+outputs where one token of a text has no vector of its own (the mean stands there) or the shortest code, by code-books
+fitted in the task's metric and by Euclidean ones.
 """
 
 import copy
@@ -112,11 +113,12 @@ def main(arguments: list[str] | None = None) -> dict:
         texts.select(by_length), batch_size=training_args.per_device_train_batch_size, collate_fn=task.collator
     )
     source = dense.get_input_embeddings().weight.detach()
+    config = model.get_input_embeddings().config
+    in_metric, euclidean = shortest_codes(copy.deepcopy(dense), config, batches, counts)
     tables = {
         "damage_without_vector": (counts / counts.sum() @ source).expand_as(source),
-        "damage_of_shortest_code": shortest_codes(
-            copy.deepcopy(dense), model.get_input_embeddings().config, batches, counts
-        ),
+        "damage_of_shortest_code": in_metric,
+        "damage_of_euclidean_code": euclidean,
     }
     special = torch.tensor(task.tokenizer.all_special_ids)
     measures = {"code_length": lengths.numpy()} | sureness_and_damage(dense, batches, tables, special)

@@ -32,7 +32,8 @@ def test_correlation_at_equal_count_sees_through_counts(example):
 def test_significance_script(example, toy_arguments, tmp_path):
     figures = example("significance").main(toy_arguments())
     found = figures["correlation_with_label_information"]
-    assert [*found] == ["code_length", "sureness", "damage_without_vector", "damage_of_shortest_code"]
+    damages = ["damage_without_vector", "damage_of_shortest_code", "damage_of_euclidean_code"]
+    assert [*found] == ["code_length", "sureness", *damages]
     assert found["code_length"]["tokens"] > 100
     assert all(-1 <= correlation["correlation"] <= 1 for correlation in found.values())
     assert (tmp_path / "out" / "significance.png").stat().st_size > 10_000
