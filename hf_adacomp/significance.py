@@ -59,7 +59,8 @@ def task_metrics(
         show_progress: Whether to draw a progress bar.
 
     Raises:
-        ValueError: If the model does not take the batches or returns neither logits nor a loss.
+        ValueError: If the model does not take the batches, returns neither logits nor a loss, or has gradients that are
+            NaN or Inf.
     """
     if not embeddings:
         return {}
@@ -96,6 +97,8 @@ def _metric(moments: Tensor) -> Tensor:
     euclidean = torch.eye(len(moments), device=moments.device)
     if not moments.any():
         return euclidean
+    if not moments.isfinite().all():
+        raise ValueError(f"cannot measure which tokens matter: gradients of the outputs are NaN or Inf. {SWITCH}")
     variances, axes = torch.linalg.eigh(moments)
     reaction: Tensor = (axes * variances.clamp_min(0).sqrt()) @ axes.T
     reaction /= reaction.diagonal().mean()

@@ -88,6 +88,16 @@ def test_outputs_that_react_to_nothing_leave_all_directions_alike(embedding):
     assert torch.equal(measured(Constant(embedding), embedding, loader()), torch.eye(DIM))
 
 
+@pytest.mark.parametrize("factor", [float("nan"), 1e30])
+def test_broken_gradients_are_refused(embedding, factor):
+    class Broken(OneDirection):
+        def forward(self, input_ids):
+            return {"logits": factor * self.embedding(input_ids)}
+
+    with pytest.raises(ValueError, match=r"NaN or Inf. Set AdaCompConfig\(significance=False\)"):
+        measured(Broken(embedding), embedding, loader())
+
+
 def test_each_table_has_a_metric_of_its_own(config):
     tables = [
         AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, DIM), config).requires_grad_(False)
