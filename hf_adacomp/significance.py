@@ -10,8 +10,8 @@ metric. It needs no occurrence of a token, so that tokens which the training dat
 
 Gradients tell of small errors: a few directions in which they are huge hold most of G (two of 384 hold 60 % of it in a
 tagger), while outputs react to a large error in them far less than in proportion. Hence the root, as in full-matrix
-AdaGrad (Duchi et al. 2011), and the Euclidean half. Without training, texts that are coded so diverge from the dense
-model by a fifth less (KL, mean of TREC, SST-2, SNLI and UD-EWT at 80x and 300x) than with G itself and 3 I.
+AdaGrad (Duchi et al. 2011), and the Euclidean half. Against G itself and 3 I, without training, the tagger's outputs
+diverge by 19 % less at 80x and by 29 % less at 300x, and a language model loses a third less.
 """
 
 from __future__ import annotations
