@@ -18,7 +18,6 @@ LEAST_TIMES = 3
 """A token met less often says too little."""
 
 
-@torch.no_grad()
 def shortest_codes(
     model: PreTrainedModel, config: AdaCompConfig, batches: DataLoader, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -26,10 +25,13 @@ def shortest_codes(
     the task's metric, and by those that know nothing of the task. Compresses `model`.
     """
     embedding = compress(model, config, counts).get_input_embeddings()
-    tables = [embedding.book(0).reconstruct(embedding.source_table(), embedding.coder.metric)]
+
+    def decoded() -> Tensor:
+        return embedding.book(0).reconstruct(embedding.source_table(), embedding.coder.metric)
+
+    euclidean = decoded()
     embedding.warm_start(metric=task_metrics(model, [embedding], batches)[embedding])
-    tables.append(embedding.book(0).reconstruct(embedding.source_table(), embedding.coder.metric))
-    return tables[1], tables[0]
+    return decoded(), euclidean
 
 
 @torch.no_grad()

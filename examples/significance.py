@@ -104,6 +104,7 @@ def main(arguments: list[str] | None = None) -> dict:
     model, figures = compare(task, compression_args, training_args)
     lengths = model.get_input_embeddings().code_lengths()
     counts = task.token_counts(len(lengths))
+    seen = counts.numpy()
     information = label_information(task, len(lengths))
 
     dense = task.new_model() if compression_args.one_run else type(model).from_pretrained(folder / "dense")
@@ -122,15 +123,15 @@ def main(arguments: list[str] | None = None) -> dict:
     }
     special = torch.tensor(task.tokenizer.all_special_ids)
     measures = {"code_length": lengths.numpy()} | sureness_and_damage(dense, batches, tables, special)
-    ordinary = (counts.numpy() >= LEAST_COUNT) & ~np.isin(np.arange(len(counts)), special)
+    ordinary = (seen >= LEAST_COUNT) & ~np.isin(np.arange(len(seen)), special)
     figures["correlation_with_label_information"] = {}
     print("\nRank correlation with information about the label at equal count")
     for name, values in measures.items():
         known = ordinary & ~np.isnan(values)
-        found = correlation_at_equal_count(values[known], information[known], counts.numpy()[known])
+        found = correlation_at_equal_count(values[known], information[known], seen[known])
         figures["correlation_with_label_information"][name] = found
         print(f"{name:<26}{found['correlation']:>8.3f}  p = {found['p']:.1e}, {found['tokens']} tokens")
-    plot(lengths.numpy(), counts.numpy(), information, folder / "significance.png")
+    plot(lengths.numpy(), seen, information, folder / "significance.png")
     (folder / "significance.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 
