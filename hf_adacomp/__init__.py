@@ -2,21 +2,49 @@
 
 Importing this package makes `quant_method: "adacomp"` known to transformers, which must happen before a compressed
 model is loaded with `from_pretrained`.
+
+Words, each for one thing:
+
+    table        V token vectors of width d; the *source* is the dense one that is compressed
+    code         the bits of a token; its *code length* is how many they are
+    ladder       the code lengths on offer, increasing: `AdaCompConfig.code_lengths` once it holds numbers
+    length index place of a token's code length on the ladder; the *assignment* has that of every token
+    code-book    the code vectors and the bias that decode the codes of one length
+    budget       bits that all codes of a table may take, so that the table meets `target_ratio`
+    metric       a matrix that says how much an error in each direction of a vector costs the task
+    significance how much the task depends on a direction (measured for the metric) or on a token (analysed)
+    warm start   code-books and selection costs fitted to the source, before training
+    phase        select: lengths are learned; encode: codes are; packed: bits are stored, the source is gone
+
+Rooms, each built on those before it:
+
+    codes/        what a code is, how its bits are decided and stored
+    lengths/      which token gets how many bits, and when
+    fitting/      what follows from a table in closed form: the ladder, the warm start
+    nn/           the modules that stand in a model
+    integration/  transformers: compress, save, load, train
+    reports/      what people look at
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-from .card import model_card, save_model_card
-from .compression import compress, decompress, pack
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
 from .config import AdaCompConfig
-from .embedding import AdaptiveCompressedEmbedding
-from .hub import push_model_card
-from .quantizer import register as _register
-from .report import size_report, token_table
-from .vocabulary import add_tokens, keep_tokens
+from .integration.compression import compress, decompress, pack
+from .integration.methods import set_card_writer as _set_card_writer
+from .integration.quantizer import register as _register
+from .integration.sizes import size_report
+from .integration.vocabulary import add_tokens, keep_tokens
+from .nn.embedding import AdaptiveCompressedEmbedding
 
 if TYPE_CHECKING:
-    from .callback import AdaCompCallback
+    from .integration.callback import AdaCompCallback
+    from .reports.card import model_card, save_model_card
+    from .reports.push import push_model_card
+    from .reports.tokens import token_table
 
 __version__ = "0.1.0"
 
@@ -36,13 +64,27 @@ __all__ = [
     "token_table",
 ]
 
-_register()
+_LATER = {
+    "AdaCompCallback": ".integration.callback",
+    "model_card": ".reports.card",
+    "push_model_card": ".reports.push",
+    "save_model_card": ".reports.card",
+    "token_table": ".reports.tokens",
+}
+"""Names whose modules bring along what loading a model does not need: the Trainer, PEFT, the Hub's cards."""
 
 
-def __getattr__(name: str) -> object:
-    if name == "AdaCompCallback":
-        # It brings transformers' Trainer and PEFT along, which loading a packed model does not need.
-        from .callback import AdaCompCallback  # noqa: PLC0415
-
-        return AdaCompCallback
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _write_card(model: Any, folder: str | os.PathLike[str], repo_id: str | None = None) -> None:
+    from .reports.card import save_model_card  # noqa: PLC0415
+
+    save_model_card(model, folder, repo_id=repo_id)
+
+
+_register()
+_set_card_writer(_write_card)

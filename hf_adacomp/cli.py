@@ -18,13 +18,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
-from .compression import compress, decompress, pack
+from . import compat
 from .config import HEADS, AdaCompConfig
-from .plots import plot_lengths
-from .report import size_report, token_table
-from .surgery import require_compressed
+from .integration.compression import compress, decompress, pack
+from .integration.sizes import size_report
+from .integration.tables import require_compressed
+from .reports.plots import plot_lengths
+from .reports.tokens import token_table
+
+TOKENIZER_FILE = "tokenizer_config.json"
 
 LINES = 1024
 """Lines of a text that are tokenized at once."""
@@ -144,19 +147,15 @@ def _load(name: str) -> PreTrainedModel:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    if not _has_tokenizer(name):
-        raise ValueError(f"{name} has no tokenizer (tokenizer_config.json): save it there with save_pretrained")
+    if not compat.has_file(name, TOKENIZER_FILE):
+        raise ValueError(f"{name} has no tokenizer ({TOKENIZER_FILE}): save it there with save_pretrained")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     return tokenizer
 
 
-def _has_tokenizer(name: str) -> bool:
-    return cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
-
-
 def _save(model: PreTrainedModel, args: argparse.Namespace) -> None:
     model.save_pretrained(args.out)
-    if _has_tokenizer(args.model):
+    if compat.has_file(args.model, TOKENIZER_FILE):
         _tokenizer(args.model).save_pretrained(args.out)
 
 

@@ -13,8 +13,8 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "adacomp"
-FORMAT_VERSION = 1
-"""Version of the file format that this release writes; files with a newer one are refused."""
+FORMAT_VERSION = 2
+"""Version of the file format that this release reads and writes."""
 
 AUTO = "auto"
 ANNEALS = ("exponential", "linear", "cosine")
@@ -100,9 +100,14 @@ class AdaCompConfig(QuantizationConfigMixin):
         self.head = _choice("head", head, HEADS)
         self.seed = _integer("seed", seed)
         self.format_version = _integer("format_version", format_version)
-        if not 1 <= self.format_version <= FORMAT_VERSION:
+        if self.format_version == 1:
             raise ValueError(
-                f"format_version={format_version} is not known to this hf_adacomp, which reads up to "
+                f"format_version=1 is of an hf_adacomp before its first release, which named the tensors otherwise "
+                f"(`coder`, `packed.lengths`): compress the dense model again, for format_version {FORMAT_VERSION}"
+            )
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={format_version} is not known to this hf_adacomp, which reads "
                 f"{FORMAT_VERSION}: upgrade hf_adacomp to load the file"
             )
         if tables is not None and not (
@@ -112,16 +117,16 @@ class AdaCompConfig(QuantizationConfigMixin):
         self.tables: dict[str, dict[str, Any]] = {name: dict(layout) for name, layout in (tables or {}).items()}
 
     @property
-    def lengths(self) -> tuple[int, ...]:
+    def ladder(self) -> tuple[int, ...]:
         """`code_lengths` once they are numbers; ValueError while they are `"auto"`."""
         if isinstance(self.code_lengths, str):
             raise ValueError(f"code_lengths={self.code_lengths!r} has not been resolved for a table yet")
         return self.code_lengths
 
-    def with_lengths(self, code_lengths: Sequence[int]) -> AdaCompConfig:
+    def with_ladder(self, ladder: Sequence[int]) -> AdaCompConfig:
         """A copy for one table, whose code lengths are these."""
         config = copy.copy(self)
-        config.code_lengths = _checked_lengths(code_lengths)
+        config.code_lengths = _checked_lengths(ladder)
         return config
 
     @classmethod

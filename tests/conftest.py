@@ -39,6 +39,21 @@ def command_line(options: dict[str, object]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
+def close(found: torch.Tensor, expected: torch.Tensor, size: float = 1e-6) -> bool:
+    """Whether outputs of two memory layouts are the same: within `size` of the largest.
+
+    Weights mapped from a file lie at other alignments than those made in memory. Other kernels sum them, so that
+    outputs differ in their last bits, for dense models, too, and on some processors only.
+    """
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= size * expected.abs().max())
+
+
+def same_state(model: torch.nn.Module, expected: torch.nn.Module) -> bool:
+    """Whether two models hold the same tensors, bit for bit."""
+    found, wanted = model.state_dict(), expected.state_dict()
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _offline():
     """No test reaches another machine."""
@@ -62,7 +77,13 @@ def _seed():
 @pytest.fixture
 def quick_fit(monkeypatch):
     """A warm start of a few steps: for tests that are not about its quality."""
-    monkeypatch.setattr("hf_adacomp.warm_start.FIT_ROUNDS", 1)
+    monkeypatch.setattr("hf_adacomp.fitting.warm_start.FIT_ROUNDS", 1)
+
+
+@pytest.fixture(params=["cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available())])
+def device(request) -> torch.device:
+    """Every device of this machine: what computes on the CPU must do so on each of them."""
+    return torch.device(request.param)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from hf_adacomp import AdaCompConfig
-from hf_adacomp.quantizer import register
+from hf_adacomp.integration.quantizer import register
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["hf_adacomp.config", "hf_adacomp.layout"]):
+with atheris.instrument_imports(include=["hf_adacomp.config", "hf_adacomp.integration.layout"]):
     from hf_adacomp.config import AdaCompConfig
-    from hf_adacomp.layout import check_layout
+    from hf_adacomp.integration.layout import check_layout
 
 from hf_adacomp import AdaptiveCompressedEmbedding
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
-from hf_adacomp.checkpoint import unfinished_checkpoints
+from hf_adacomp.integration.checkpoint import unfinished_checkpoints
 
 Tensors = dict[str, torch.Tensor]
 SCRIPT = Path(__file__).with_name("train.py")

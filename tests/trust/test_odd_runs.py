@@ -203,7 +203,7 @@ def test_a_step_without_usable_gradients_leaves_the_lengths_as_they_were(bert, c
     for step in range(3):
         optimizer.zero_grad()
         (embedding.train()(torch.arange(9)).square().sum() * [1, float("inf"), 1][step]).backward()
-        offset = embedding.coder.selector.offset
+        offset = embedding.training_state.selector.offset
         before = offset.detach().clone()
         embedding.step(step / 10)
         optimizer.step()

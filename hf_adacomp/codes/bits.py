@@ -1,0 +1,148 @@
+"""The bit format: tensors in, tensors out.
+
+For V tokens and a ladder of code lengths `L_0 < ... < L_{n-1}`, two uint8 tensors hold the codes. Bits fill bytes from
+the least significant one; unused bits of a last byte are zero.
+
+    length_indices   index k of each token's code length, ceil(log2 n) bits a token, token order
+
+                     byte 0                          byte 1
+                     | k0 k0 | k1 k1 | k2 k2 | k3 k3 | k4 k4 | ...        (n = 3 or 4: two bits a token)
+
+    codes            the codes grouped by length, shortest first; token order inside a group; no gap between the codes
+                     of a group; each group starts at a byte
+
+                     | group of L_0                     | group of L_1             | ...
+                     | token 3   | token 7   | ... | 0  | token 0     | ... | 0    |
+                       L_0 bits    L_0 bits     padding   L_1 bits      padding
+
+    nibbles          code vectors stored as int4: entry e as e + 8; the first half of a vector in the low halves of its
+                     bytes, the second half in the high ones
+
+A token's code is found without stored offsets: its group follows from its length, and its place in the group is the
+number of earlier tokens of that length, `block_ranks` for its block of tokens plus a count inside the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 32
+"""Tokens that share one row of prefix counts; a multiple of 8, so that their length indices fill whole bytes."""
+
+BYTE_BITS = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.float32)
+"""The bits of every byte, (256, 8): looking them up is four times as fast as shifting them out."""
+
+
+def packed_bytes(bits: int) -> int:
+    """Bytes that hold `bits` bits."""
+    return (bits + 7) // 8
+
+
+def index_bits(num_lengths: int) -> int:
+    """Bits that tell one of `num_lengths` code lengths: `ceil(log2 n)`."""
+    return (num_lengths - 1).bit_length()
+
+
+def group_bytes(tokens_per_length: Sequence[int], ladder: Sequence[int]) -> list[int]:
+    """Bytes of each group of `codes`."""
+    return [packed_bytes(tokens * length) for tokens, length in zip(tokens_per_length, ladder, strict=True)]
+
+
+def pack_bits(rows: Tensor) -> Tensor:
+    """Pack bits (N, L) back to back: 0/1 of any dtype -> uint8 (ceil(N L / 8),).
+
+    A group may be packed in blocks of rows, all but the last with N a multiple of 8.
+    """
+    flat = rows.reshape(-1).to(torch.uint8)
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    place = torch.arange(8, device=flat.device, dtype=torch.uint8)
+    return (flat << place).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_rows(packed: Tensor, rows: Tensor, length: int) -> Tensor:
+    """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> float32 0/1 (N, length)."""
+    if length % 8 == 0:
+        octets = whole_bytes(packed, length).index_select(0, rows).to(torch.int32)
+        return F.embedding(octets, BYTE_BITS.to(packed.device)).view(-1, length)
+    position = rows[:, None] * length + torch.arange(length, device=packed.device)
+    return ((packed[position >> 3] >> (position & 7).to(torch.uint8)) & 1).to(torch.float32)
+
+
+def whole_bytes(packed: Tensor, length: int) -> Tensor:
+    """Codes of a multiple of 8 bits as rows of bytes: uint8 (B,) -> uint8 (codes, length / 8)."""
+    return packed[: len(packed) // (length // 8) * (length // 8)].view(-1, length // 8)
+
+
+def pack_nibbles(integers: Tensor) -> Tensor:
+    """Pack integers in -7..7, two a byte: int8 (L, d) -> uint8 (L, ceil(d / 2))."""
+    nibbles = F.pad((integers + 8).to(torch.uint8), (0, integers.shape[1] % 2))
+    low, high = nibbles.chunk(2, dim=1)
+    return low | (high << 4)
+
+
+def unpack_nibbles(packed: Tensor, dim: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Undo `pack_nibbles`: uint8 (L, ceil(d / 2)) -> (L, d) of `dtype`."""
+    halves = torch.cat([packed & 15, packed >> 4], dim=1)
+    return halves.to(dtype).sub_(8)[:, :dim]
+
+
+def pack_assignment(assignment: Tensor, num_lengths: int) -> Tensor:
+    """Pack length indices, (V,) in 0..n-1 -> uint8 (ceil(V ceil(log2 n) / 8),)."""
+    place = torch.arange(index_bits(num_lengths), device=assignment.device)
+    return pack_bits((assignment.to(torch.int64)[:, None] >> place) & 1)
+
+
+def unpack_indices(rows: Tensor, num_lengths: int) -> Tensor:
+    """Length indices from rows of bytes that they fill: uint8 (N, B) -> uint8 (N, 8 B / ceil(log2 n))."""
+    width = index_bits(num_lengths)
+    step = width if 8 % width == 0 else 1
+    place = torch.arange(0, 8, step, device=rows.device, dtype=torch.uint8)
+    pieces: Tensor = ((rows[:, :, None] >> place) & (2**step - 1)).flatten(1)
+    if step == width:
+        return pieces
+    pieces = pieces.unflatten(1, (-1, width)) << torch.arange(width, device=rows.device, dtype=torch.uint8)
+    return pieces.sum(dim=2, dtype=torch.int32).to(torch.uint8)  # runtimes of exported graphs sum no bytes
+
+
+def unpack_assignment(length_indices: Tensor, num_tokens: int, num_lengths: int) -> Tensor:
+    """Length index of every token: uint8 (B,) -> uint8 (V,)."""
+    if index_bits(num_lengths) == 0:
+        return torch.zeros(num_tokens, dtype=torch.uint8, device=length_indices.device)
+    rows = F.pad(length_indices, (0, -len(length_indices) % index_bits(num_lengths)))[None]
+    return unpack_indices(rows, num_lengths).view(-1)[:num_tokens]
+
+
+def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:
+    """Tokens of each length before each block of `BLOCK` tokens, (V,) -> int32 (ceil(V / BLOCK), n)."""
+    blocks = (len(assignment) + BLOCK - 1) // BLOCK
+    block = torch.arange(len(assignment), device=assignment.device) // BLOCK
+    counts = torch.zeros(blocks * num_lengths, dtype=torch.int32, device=assignment.device)
+    counts.index_add_(0, block * num_lengths + assignment.to(torch.int64), torch.ones_like(block, dtype=torch.int32))
+    counts = counts.view(blocks, num_lengths)
+    return (counts.cumsum(0) - counts).to(torch.int32)
+
+
+def locate(length_indices: Tensor, ranks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Length index and place inside its group of each of `tokens`: int64 (N,) -> uint8 (N,), int64 (N,)."""
+    num_lengths = ranks.shape[1]
+    if index_bits(num_lengths) == 0:
+        return torch.zeros_like(tokens, dtype=torch.uint8), tokens
+    block, inside = tokens // BLOCK, (tokens % BLOCK)[:, None]
+    size = BLOCK * index_bits(num_lengths) // 8
+    place = block[:, None] * size + torch.arange(size, device=length_indices.device)
+    # Whatever fills up the last block comes after all tokens.
+    neighbours = unpack_indices(length_indices[place.clamp_max(len(length_indices) - 1)], num_lengths)
+    own = neighbours.gather(1, inside)
+    earlier = (neighbours == own) & (torch.arange(BLOCK, device=tokens.device) < inside)
+    own = own.squeeze(1)
+    return own, ranks[block, own.to(torch.int64)] + earlier.sum(dim=1)
+
+
+def check_padding(packed: Tensor, bits: int, name: str) -> None:
+    """Raise ValueError if a bit beyond the first `bits` of `packed` is set."""
+    if bits % 8 and int(packed[bits // 8]) >> (bits % 8):
+        raise ValueError(f"{name}: padding bits after the last of {bits} bits are set; the file is damaged")

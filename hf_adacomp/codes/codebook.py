@@ -1,0 +1,180 @@
+"""One binary code-book: encode by a straight-through step, decode by a sum of code vectors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import FLOAT_DTYPES, INTEGER_BITS
+from .bits import pack_nibbles, unpack_nibbles
+from .descent import BinaryStep, decide_bits
+from .rounding import codebook_bytes, quantize_rows, round_vectors, straight_through
+
+BITS_PER_BLOCK = 1 << 22
+"""Table rows are processed in blocks of about this many bits (as float32: 16 MB) to bound memory."""
+
+
+class StoredBook(NamedTuple):
+    """A code-book as it is stored, in floats: code vectors C (L, d) and bias c (d,)."""
+
+    vectors: Tensor
+    bias: Tensor
+
+    def decode(self, bits: Tensor, out: Tensor | None = None) -> Tensor:
+        """`C^T b + c` of each code, (N, L) -> (N, d), also into `out`. Under autocast as without it."""
+        with torch.autocast(bits.device.type, enabled=False):
+            return torch.addmm(self.bias, bits, self.vectors, out=out)
+
+
+class Encoder(NamedTuple):
+    """The network that decides bits: weight F (L, d), shift (L,), and what bits explain of each other, S (L, L)."""
+
+    weight: Tensor
+    shift: Tensor
+    overlap: Tensor
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Bits of the vectors x, (..., d) -> (..., L) in {0, 1} of x's dtype. Computed in float32 at least."""
+        with torch.autocast(x.device.type, enabled=False):
+            drive = F.linear(x.to(self.weight.dtype), self.weight, self.shift)
+            with torch.no_grad():
+                bits, margins = decide_bits(drive, self.overlap, torch.full_like(drive, 0.5))
+                explained = drive - margins
+            decided: Tensor = BinaryStep.apply(drive - explained, bits)  # type: ignore[no-untyped-call]
+            return decided.to(x.dtype)
+
+
+class BinaryCodebook(nn.Module):
+    """A code-book of `length` code vectors of width `dim`, with the encoder that chooses among them.
+
+        encode   b = H(F x + f - S b)      b in {0, 1}^L, S = s C M C^T off the diagonal: `decide_bits`
+        decode   xhat = C^T b + c          the sum of the active code vectors (rows of C) and the bias c
+
+    With `tied`, `F = s C M` and `f = encoder_bias - s (C M c + diag(C M C^T) / 2)`: encoding descends the squared error
+    in the metric M, up to the learned bias, and follows the code vectors, which are constants to it. (Gradients that
+    reach them through the encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see
+    code vectors as they will be stored (rounded to `storage`), with gradients passed straight through the rounding and
+    through the step H.
+
+    A vector is the sum of about L/2 code vectors. If an optimizer moved each by its learning rate, vectors would move
+    by many times that: training therefore holds `C = rate * weight` with `rate = sqrt(2 / L)`.
+
+    Args:
+        length: Number of code vectors, i.e. bits of a code.
+        dim: Width d of the vectors.
+        tied: Whether the encoder shares the code vectors.
+        storage: How code vectors are stored, as `AdaCompConfig.codebook_dtype`.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        dim: int,
+        *,
+        tied: bool,
+        storage: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.length, self.dim, self.tied, self.storage = length, dim, tied, storage
+        self.integer_bits = INTEGER_BITS.get(storage)
+        self.packed = False
+        self.rate = min(1.0, (2 / length) ** 0.5)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5 / self.rate)
+        self.bias = nn.Parameter(torch.zeros(dim, **options))
+        self.encoder_bias = nn.Parameter(torch.zeros(length, **options))
+        self.encoder_scale = nn.Parameter(torch.ones(1, **options), requires_grad=False)
+        if not tied:
+            self.encoder_weight = nn.Parameter(torch.randn(length, dim, **options) / dim**0.5)
+        self.register_state_dict_post_hook(_store_as_decoded)  # type: ignore[no-untyped-call]  # torch's
+
+    def stored(self) -> StoredBook:
+        """The code-book as it will be stored; gradients reach `weight` (`scale` once packed as integers) and `bias`.
+
+        Rounds or unpacks all code vectors: call it once a forward pass.
+        """
+        if self.packed and self.integer_bits:
+            dtype = self.scale.dtype
+            whole = self.integer_bits == 8
+            integers = self.weight.to(dtype) if whole else unpack_nibbles(self.weight, self.dim, dtype)
+            return StoredBook(integers.mul_(self.scale), self.bias)  # in place: one float copy of the book, not two
+        vectors: Tensor = self.rate * self.weight
+        vectors = straight_through(vectors, round_vectors(vectors.detach(), self.storage))
+        if self.integer_bits:  # the bias keeps the dtype of the model
+            return StoredBook(vectors, self.bias)
+        return StoredBook(vectors, straight_through(self.bias, round_vectors(self.bias.detach(), self.storage)))
+
+    def encoder(self, stored: StoredBook, metric: Tensor) -> Encoder:
+        """The encoder for this state of the code-book, which looks for bits near a vector in a metric (d, d)."""
+        dtype = torch.promote_types(metric.dtype, torch.float32)
+        with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
+            vectors = stored.vectors.to(dtype)
+            readers = self.encoder_scale.to(dtype) * vectors @ metric.to(dtype)
+            overlap = readers @ vectors.T
+            threshold = readers @ stored.bias.to(dtype) + overlap.diagonal() / 2
+            overlap.fill_diagonal_(0)
+        shift = self.encoder_bias.to(dtype)
+        if self.tied:
+            return Encoder(readers, shift - threshold, overlap)
+        return Encoder(self.encoder_weight.to(dtype), shift, overlap)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, metric: Tensor) -> Tensor:
+        """The vectors x (N, d) encoded and decoded again, without gradients, in blocks of bounded memory."""
+        stored = self.stored()
+        encoder = self.encoder(stored, metric)
+        return torch.cat([stored.decode(encoder.encode(rows)) for rows in x.split(self.block)])
+
+    @property
+    def block(self) -> int:
+        """Rows to process at once; a multiple of 8, so that blocks of packed codes end at a byte."""
+        return 8 * max(1, BITS_PER_BLOCK // (8 * max(self.length, self.dim)))
+
+    @torch.no_grad()
+    def set_vectors(self, vectors: Tensor) -> None:
+        """Take over code vectors, (L, d)."""
+        self.weight.copy_(vectors / self.rate)
+
+    def orthogonality(self) -> Tensor:
+        """`|C C^T / s - I|^2 / L`, s the mean squared norm of the code vectors: 0 when they are orthonormal."""
+        gram = self.weight @ self.weight.T
+        gram = gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+        return (gram - torch.eye(self.length, dtype=gram.dtype, device=gram.device)).square().sum() / self.length
+
+    def pack(self) -> None:
+        """Drop the encoder; with integer storage replace the float code vectors by integers with trainable scales."""
+        del self.encoder_bias, self.encoder_scale
+        if not self.tied:
+            del self.encoder_weight
+        self.weight.data, self.rate = self.rate * self.weight.data, 1.0
+        if self.integer_bits:
+            integers, scale = quantize_rows(self.weight.detach(), self.integer_bits)
+            del self.weight
+            self.register_buffer("weight", integers if self.integer_bits == 8 else pack_nibbles(integers))
+            self.scale = nn.Parameter(scale)
+        self.packed = True
+
+    def restore_constants(self) -> None:
+        """Mark the constants as such again after transformers loaded them as trainable parameters."""
+        if not self.packed:
+            self.encoder_scale.requires_grad_(False)
+
+    def stored_bytes(self) -> int:
+        """Bytes of the packed code-book in a file."""
+        return codebook_bytes(self.length, self.dim, self.storage, self.bias.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.length}, {self.dim}, tied={self.tied}, storage={self.storage!r}"
+
+
+def _store_as_decoded(book: BinaryCodebook, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
+    """Write float code-books in the dtype that decoding sees, while the parameters keep the model's to train on."""
+    # A skeleton on the meta device is not saved but asked for the dtypes to load into.
+    if book.packed and book.integer_bits is None and not book.bias.is_meta:
+        for name in ("weight", "bias"):
+            state[prefix + name] = state[prefix + name].to(FLOAT_DTYPES[book.storage])

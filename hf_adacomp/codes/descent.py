@@ -1,0 +1,77 @@
+"""Which bits a code has: coordinate descent towards a vector, and the gradient that training sees of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SWEEPS = 4
+BLOCKS = 8
+WIDEST = 48
+"""How often each bit is decided, and in how many blocks, of so many bits at most: a block sees what others decided."""
+
+
+class BinaryStep(torch.autograd.Function):
+    """The bits, decided from the pre-activations z, with the gradient of `clamp((z + 1) / 2, 0, 1)` (straight-through).
+
+    Bengio, Leonard, Courville 2013 (arXiv 1308.3432), with the saturation of Hubara et al. 2016: a bit whose
+    pre-activation is far from its threshold gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, bits: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return bits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        z: Tensor = ctx.saved_tensors[0]
+        return 0.5 * grad[0] * (z.abs() < 1).to(z.dtype), None
+
+
+def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinate descent on `|x - c - C^T b|^2` over the bits b, in blocks.
+
+    A bit pays if what it explains on its own, its drive, exceeds what the other bits explain of that already:
+
+        b_i <- H(drive_i - sum_j overlap_ij b_j)        drive = C (x - c) - |C_i|^2 / 2,  overlap = C C^T, diagonal 0
+
+    Args:
+        drive: (..., L).
+        overlap: (L, L), symmetric, zero on the diagonal.
+        start: Bits to start from, (..., L) in [0, 1]; an undecided bit counts half.
+
+    Bits of a block are decided together, which can overshoot where code vectors are alike: then only the one that gains
+    most changes, so that no error grows once all bits are decided.
+
+    Returns:
+        The bits, and for each bit drive less sum when it was last decided, both (..., L).
+    """
+    bits, margins = start.clone(), torch.empty_like(drive)
+    width = min(-(-drive.shape[-1] // BLOCKS), WIDEST)
+    for sweep in range(SWEEPS):
+        for first in range(0, drive.shape[-1], width):
+            block = slice(first, first + width)
+            before, margin = bits[..., block], drive[..., block] - bits @ overlap[:, block]
+            decided = (margin > 0).to(bits.dtype)
+            if sweep:
+                change = decided - before
+                gain = change * margin
+                lost = change * (change @ overlap[block, block]) / 2
+                overshoots = (gain - lost).sum(-1, keepdim=True) < 0
+                decided = torch.where(overshoots & (gain < gain.amax(-1, keepdim=True)), before, decided)
+            bits[..., block], margins[..., block] = decided, margin
+    return bits, margins
+
+
+def nearest_bits(
+    x: Tensor, vectors: Tensor, bias: Tensor, *, metric: Tensor | None = None, start: Tensor | None = None
+) -> Tensor:
+    """Bits of codes near the vectors x, (N, d) -> (N, L), by code vectors (L, d), a bias (d,) and a metric (d, d)."""
+    readers = vectors if metric is None else vectors @ metric
+    overlap = readers @ vectors.T
+    drive = (x - bias) @ readers.T - overlap.diagonal() / 2
+    start = torch.full_like(drive, 0.5) if start is None else start
+    return decide_bits(drive, overlap.fill_diagonal_(0), start)[0]

@@ -1,0 +1,135 @@
+"""The codes of a packed table: two byte tensors and the index that finds a token's code in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bits import (
+    BLOCK,
+    block_ranks,
+    check_padding,
+    group_bytes,
+    index_bits,
+    locate,
+    pack_assignment,
+    pack_bits,
+    packed_bytes,
+    unpack_assignment,
+    unpack_rows,
+)
+
+
+class PackedCodes(nn.Module):
+    """Codes of V tokens in the format of `hf_adacomp.codes.bits`.
+
+    Args:
+        num_tokens: V.
+        ladder: The n code lengths in bits, increasing.
+        tokens_per_length: How many tokens have each length, n numbers that sum to V.
+    """
+
+    length_indices: Tensor
+    codes: Tensor
+    ranks: Tensor
+
+    def __init__(
+        self,
+        num_tokens: int,
+        ladder: Sequence[int],
+        tokens_per_length: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if len(tokens_per_length) != len(ladder) or sum(tokens_per_length) != num_tokens:
+            raise ValueError(
+                f"tokens_per_length={list(tokens_per_length)} does not share out {num_tokens} tokens over "
+                f"{len(ladder)} code lengths {tuple(ladder)}"
+            )
+        self.num_tokens, self.ladder = num_tokens, tuple(ladder)
+        self.tokens_per_length = tuple(tokens_per_length)
+        self._index_bits = num_tokens * index_bits(len(ladder))
+        self._group_bytes = group_bytes(tokens_per_length, ladder)
+        for name, size in (("length_indices", packed_bytes(self._index_bits)), ("codes", sum(self._group_bytes))):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.uint8, device=device))
+        ranks = torch.zeros(-(-num_tokens // BLOCK), len(ladder), dtype=torch.int32, device=device)
+        self.register_buffer("ranks", ranks, persistent=False)
+        self.register_load_state_dict_post_hook(_index_again)  # type: ignore[no-untyped-call]  # torch's
+
+    @classmethod
+    def of(cls, assignment: Tensor, ladder: Sequence[int], codes: Tensor) -> PackedCodes:
+        """Codes of tokens whose length indices are known, (V,), from the bytes of all groups."""
+        tokens = torch.bincount(assignment.to(torch.int64), minlength=len(ladder)).tolist()
+        packed = cls(len(assignment), ladder, tokens, device=codes.device)
+        packed.length_indices.copy_(pack_assignment(assignment, len(ladder)))
+        packed.codes.copy_(codes)
+        packed.index()
+        return packed
+
+    def resized(self, num_tokens: int, new_codes: Tensor) -> PackedCodes:
+        """A copy for `num_tokens` tokens: the first of these, then new ones with codes (N, L) of the longest length."""
+        assignment = self.assignment()[:num_tokens]
+        longest = torch.full((len(new_codes),), len(self.ladder) - 1, dtype=torch.uint8, device=assignment.device)
+        groups = []
+        for k in range(len(self.ladder)):
+            kept = torch.arange(int((assignment == k).sum()), device=assignment.device)  # token order inside a group
+            bits = self.bits(k, kept)
+            groups.append(pack_bits(bits if k < len(self.ladder) - 1 else torch.cat([bits, new_codes])))
+        return PackedCodes.of(torch.cat([assignment, longest]), self.ladder, torch.cat(groups))
+
+    def assignment(self) -> Tensor:
+        """Length index of every token, uint8 (V,)."""
+        return unpack_assignment(self.length_indices, self.num_tokens, len(self.ladder))
+
+    def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Length index, uint8 (N,), and place inside its group, int64 (N,), of each of `tokens`."""
+        return locate(self.length_indices, self.ranks, tokens)
+
+    def index(self) -> None:
+        """Derive the ranks from the length indices; due whenever those change."""
+        # `validate` names an index that is out of range.
+        assignment = self.assignment().clamp_max(len(self.ladder) - 1)
+        self.ranks = block_ranks(assignment, len(self.ladder))
+
+    def bits(self, k: int, places: Tensor) -> Tensor:
+        """Bits of the codes at `places` of group k: int64 (N,) -> float32 0/1 (N, L_k)."""
+        return unpack_rows(self.group(k), places, self.ladder[k])
+
+    def group(self, k: int) -> Tensor:
+        """The bytes of the codes of the k-th length, uint8."""
+        start = sum(self._group_bytes[:k])
+        return self.codes[start : start + self._group_bytes[k]]
+
+    def validate(self, name: str) -> None:
+        """Raise ValueError if the tensors do not agree with each other or with `tokens_per_length`."""
+        for tensor_name, tensor, size in (
+            ("length_indices", self.length_indices, packed_bytes(self._index_bits)),
+            ("codes", self.codes, sum(self._group_bytes)),
+        ):
+            if tensor.dtype != torch.uint8 or tensor.shape != (size,):
+                raise ValueError(
+                    f"{name}.{tensor_name} must be uint8 of shape ({size},); the file holds {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}"
+                )
+        check_padding(self.length_indices, self._index_bits, f"{name}.length_indices")
+        self.index()  # transformers fills what a file does not hold with uninitialised memory
+        found = torch.bincount(self.assignment().to(torch.int64), minlength=len(self.ladder)).tolist()
+        if tuple(found) != self.tokens_per_length:
+            raise ValueError(
+                f"{name}.length_indices gives {found} tokens to the code lengths {self.ladder}, but the config says "
+                f"{list(self.tokens_per_length)}; the file is damaged"
+            )
+        for k, length in enumerate(self.ladder):
+            check_padding(self.group(k), self.tokens_per_length[k] * length, f"{name}.codes, group {k}")
+
+    def extra_repr(self) -> str:
+        return f"{self.num_tokens}, ladder={self.ladder}, tokens_per_length={self.tokens_per_length}"
+
+
+def _index_again(packed: PackedCodes, _: Any) -> None:
+    if not packed.length_indices.is_meta:
+        packed.index()

@@ -1,0 +1,149 @@
+"""Every private or unstable part of transformers, accelerate and torch that this package touches, under a name.
+
+Each function says why it is needed; each has a test in `tests/test_compat.py`, so that an upstream change breaks one
+named test. The rest of the package reads no attribute with a leading underscore that is not its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.hub import cached_file
+
+TIES = ("_tied_weights_keys", "all_tied_weights_keys")
+DENSE_TIES = "_dense_ties"
+"""Where transformers keeps which parameters are tied, and where we keep what it said before compression."""
+
+
+# transformers: quantizers
+
+
+def register_quant_method(name: str, config_class: type, quantizer_class: type) -> None:
+    """Make a `quant_method` known. The decorators that do it raise when a module is imported twice."""
+    if name not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(name)(config_class)
+    if name not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(name)(quantizer_class)
+
+
+def quantizer_of(model: nn.Module) -> Any:
+    """The quantizer that `from_pretrained` left on a model, or None: `Trainer` and `save_pretrained` ask it."""
+    return model.__dict__.get("hf_quantizer")
+
+
+def set_quantizer(model: PreTrainedModel, quantizer: Any) -> None:
+    """Leave a quantizer on a model as `from_pretrained` does; no public method does."""
+    setattr(model, "hf_quantizer", quantizer)  # noqa: B010  # transformers declares no such attribute
+
+
+def is_loaded(tensor: Tensor) -> bool:
+    """Whether `from_pretrained` found this tensor in a file: what it did not find holds whatever memory held."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def loaded_weight() -> Tensor:
+    """What T5 and its kin may find as `model.shared.weight` when they initialise what a file lacks: nothing to do."""
+    weight = torch.empty(0)
+    setattr(weight, "_is_hf_initialized", True)  # noqa: B010  # tensors do not declare it
+    return weight
+
+
+# transformers: ties
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Which parameter is tied to which, by name, for the model and its parts: transformers computes it once."""
+    ties: dict[str, str] = model.all_tied_weights_keys
+    return ties
+
+
+def forget_ties(part: PreTrainedModel, prefix: str, weights: set[str]) -> None:
+    """Drop the ties between these weights (names that begin with `prefix`), which are modules of ours from now on.
+
+    `tie_word_embeddings=False` would drop the tie of a trained bias along with them.
+    """
+    part.__dict__.setdefault(DENSE_TIES, {name: part.__dict__[name] for name in TIES if name in part.__dict__})
+    own = part.get_expanded_tied_weights_keys()
+    for attribute, ties in zip(TIES, (own, part.all_tied_weights_keys), strict=True):
+        kept = {a: b for a, b in ties.items() if not {prefix + a, prefix + b} & weights}
+        if len(kept) < len(ties):
+            setattr(part, attribute, kept)
+
+
+def remember_ties(part: PreTrainedModel, untied: bool) -> None:
+    """Undo `forget_ties`; no parameter is tied any more where `untied`."""
+    dense_ties = part.__dict__.pop(DENSE_TIES)
+    for name in TIES:
+        part.__dict__.pop(name, None)
+    part.__dict__.update(dense_ties)
+    if untied:
+        part.all_tied_weights_keys = {}
+
+
+# transformers: the rest
+
+
+def embed_scale(embedding: nn.Module) -> Any:
+    """The factor of transformers' scaled embeddings, which have no common class; None for others."""
+    # The buffer `embed_scale` of Gemma takes the dtype of the model; its `scalar_embed_scale` is exact.
+    return getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+
+
+def loaded_from(model: PreTrainedModel) -> str:
+    """The folder or Hub name that a model was loaded from; empty if it was not. There is no public record of it."""
+    return str(model.config._name_or_path or "")
+
+
+def upload_files(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The last step of `push_to_hub`, by when all files lie in a folder: our card has to join them there."""
+    return type(model)._upload_modified_files(model, *args, **kwargs)
+
+
+UPLOAD_FILES = "_upload_modified_files"
+"""Name of the method behind `upload_files`."""
+
+
+def has_file(model: str, file: str) -> bool:
+    """Whether a folder or a Hub repository has a file. The public way raises another error for each reason."""
+    return cached_file(model, file, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def checkpoint_prefix() -> str:
+    """How names of the Trainer's checkpoints begin. It brings PEFT along, which loading a model does not need."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: PLC0415
+
+    return str(PREFIX_CHECKPOINT_DIR)
+
+
+def add_to_log(state: Any, logs: dict[str, Any], values: dict[str, Any]) -> None:
+    """Add values to what the Trainer logs: it has appended a copy to the history before it asks callbacks."""
+    logs.update(values)
+    state.log_history[-1].update(values)
+
+
+# accelerate
+
+
+def distributed_kind() -> str:
+    """How accelerate shares out a training: `"NO"`, `"MULTI_GPU"`, `"FSDP"`, `"DEEPSPEED"` and the like."""
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]  # noqa: PLC0415  # ships no types
+
+    return str(AcceleratorState().distributed_type.value)
+
+
+# torch
+
+
+def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
+    """All children by name; `named_children` leaves out a module's second name."""
+    return iter([*module._modules.items()])

@@ -1,0 +1,72 @@
+"""Token counts: checked, smoothed, and what a token weighs by its count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FITTED_TOKENS = 1 << 15
+LARGEST_COUNT = 20.0
+LARGEST_LOG_RATE = 6.0
+RIDGE = 1e-3
+"""Of the regression of counts: tokens it is fitted to, bounds that keep a few frequent ones from ruling it, penalty."""
+
+
+def checked_counts(token_counts: Tensor, num_embeddings: int) -> Tensor:
+    """The counts as int64, (V,); ValueError for another shape, negative or non-finite ones."""
+    counts = torch.as_tensor(token_counts)
+    if counts.shape != (num_embeddings,):
+        raise ValueError(f"token_counts must have shape ({num_embeddings},); got {tuple(counts.shape)}")
+    if counts.is_floating_point() and not torch.isfinite(counts).all():
+        raise ValueError("token_counts must be finite; got NaN or Inf")
+    if (counts < 0).any():
+        bad = int((counts < 0).nonzero()[0])
+        raise ValueError(f"token_counts must not be negative; got {counts[bad].item()} for token {bad}")
+    return counts.to(torch.int64)
+
+
+def expected_counts(counts: Tensor, source: Tensor) -> Tensor:
+    """Counts smoothed by what tokens with similar vectors have, (V,) float32; 1/2 for all if nothing was counted.
+
+    Adds to each count half an occurrence, shared out among the tokens in proportion to a log-linear Poisson regression
+    of the counts on the source vectors (V, d): a word that the training data happens to miss will come, a stray symbol
+    will not.
+    """
+    smoothing = torch.full_like(counts, 0.5, dtype=torch.float32)
+    if not counts.any():
+        return smoothing
+    sample = slice(None, None, -(-len(source) // FITTED_TOKENS))
+    x = source[sample].detach().to(torch.float32)
+    mean, unit = x.mean(0), x.std(0, correction=0).clamp_min(1e-12)
+    x = (x - mean) / unit
+    target = counts[sample].to(torch.float32).clamp_max(LARGEST_COUNT)
+    base = target.mean().clamp_min(1e-9).log()
+    slope = torch.zeros(x.shape[1], device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([slope], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():  # the caller may be in no_grad, as `pack` is
+            log_rate = (base + x @ slope).clamp_max(LARGEST_LOG_RATE)
+            value = (log_rate.exp() - target * log_rate).mean() + RIDGE * slope.square().sum()
+            value.backward()
+        return value
+
+    optimizer.step(loss)
+    direction = slope.detach() / unit
+    rate = (source.detach().to(torch.float32) @ direction - mean @ direction).clamp_max(LARGEST_LOG_RATE).exp()
+    unseen = rate[counts == 0]
+    return counts.to(torch.float32) + smoothing * rate / (unseen if len(unseen) else rate).mean()
+
+
+def token_weights(counts: Tensor) -> Tensor:
+    """Weight of each token in a fit, (V,): the root of its expected count.
+
+    The root lies between the table (every type alike) and running text (Zipf: a few types are everything).
+    """
+    return counts.sqrt()
+
+
+def zipf_counts(num_tokens: int) -> Tensor:
+    """Counts by Zipf's law where none are known: the token of rank r occurs V / r times, (V,) int64."""
+    return num_tokens // torch.arange(1, num_tokens + 1)

@@ -1,0 +1,66 @@
+"""Methods of its own that a compressed model has: resizing, and saving and pushing with a model card."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .. import compat
+from .tables import compressed_embeddings
+from .vocabulary import resize_token_embeddings
+
+TAGS = ("adacomp", "compression")
+"""Of compressed models on the Hub."""
+
+_write_card: Callable[..., object] | None = None
+
+
+def set_card_writer(write: Callable[..., object]) -> None:
+    """What is to be called as `write(model, folder, repo_id=...)` for each folder that a packed model is saved to."""
+    global _write_card  # noqa: PLW0603  # set once, by the package: reports stand above this module
+    _write_card = write
+
+
+def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """`PreTrainedModel.save_pretrained`; a packed model's folder gets a model card, too."""
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        _describe(model, save_directory)
+
+
+def upload_files(
+    model: PreTrainedModel, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    """The last step of `push_to_hub`, by when the card of the Hub lies in `working_dir`: our part goes into it."""
+    _describe(model, working_dir, repo_id=repo_id)
+    return compat.upload_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def give_methods(model: PreTrainedModel) -> None:
+    """Put our methods before those of the model's class, and our tags on the model."""
+    # A partial object is copied and pickled along with the model that it holds.
+    model.__dict__.update({name: partial(function, model) for name, function in METHODS.items()})
+    model.add_model_tags([*TAGS])
+
+
+def take_methods(model: PreTrainedModel) -> None:
+    """Undo `give_methods`."""
+    for name in METHODS:
+        del model.__dict__[name]
+    model.model_tags = [tag for tag in model.model_tags or () if tag not in TAGS]
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "resize_token_embeddings": resize_token_embeddings,
+    "save_pretrained": save_pretrained,
+    compat.UPLOAD_FILES: upload_files,
+}
+
+
+def _describe(model: PreTrainedModel, folder: str | os.PathLike[str], **where: str) -> None:
+    if _write_card is not None and all(table.phase == "packed" for table in compressed_embeddings(model).values()):
+        _write_card(model, folder, **where)

@@ -1,0 +1,89 @@
+"""What the compressed tables of a model weigh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..codes.bits import group_bytes, index_bits, packed_bytes
+from .tables import require_compressed, untied_heads
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Stored bytes of the compressed tables of a model, by part; `print` shows a table.
+
+    `dense_bytes` is the float32 table that they replace. All other figures are what a file holds. `head_bytes` is what
+    output heads take that shared the table before and now keep weights of their own (`head="dense"`).
+    """
+
+    num_tokens: int
+    dense_bytes: int
+    codes_bytes: int
+    lengths_bytes: int
+    codebook_bytes: int
+    tokens_per_length: dict[int, int]
+    head_bytes: int = 0
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Bytes of everything that is stored, by what it is."""
+        parts = {"codes": self.codes_bytes, "code lengths": self.lengths_bytes, "code-books": self.codebook_bytes}
+        return {**parts, "untied output head": self.head_bytes} if self.head_bytes else parts
+
+    @property
+    def total_bytes(self) -> int:
+        """Codes, lengths, code-books and untied heads."""
+        return sum(self.stored.values())
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes over all stored bytes."""
+        return self.dense_bytes / self.total_bytes
+
+    @property
+    def bits_per_token(self) -> float:
+        """Mean code length in bits."""
+        return sum(length * tokens for length, tokens in self.tokens_per_length.items()) / self.num_tokens
+
+    def __str__(self) -> str:
+        rows = {"dense float32 table": self.dense_bytes, **self.stored, "total": self.total_bytes}
+        lines = [f"{name:<22}{size:>14,} bytes" for name, size in rows.items()]
+        lines.append(f"{'ratio':<22}{self.ratio:>14.1f}")
+        lines.append(f"{'bits a token':<22}{self.bits_per_token:>14.1f}")
+        lines += [
+            f"  {length:>5} bits{tokens:>24,} tokens ({100 * tokens / self.num_tokens:.1f} %)"
+            for length, tokens in self.tokens_per_length.items()
+        ]
+        return "\n".join(lines)
+
+
+def size_report(model: nn.Module) -> SizeReport:
+    """Stored size of the compressed tables of `model`, as if packed now."""
+    parts = []
+    for embedding in require_compressed(model).values():
+        lengths = embedding.code_lengths()
+        tokens = {length: int((lengths == length).sum()) for length in embedding.config.ladder}
+        parts.append(
+            SizeReport(
+                num_tokens=embedding.num_embeddings,
+                dense_bytes=embedding.num_embeddings * embedding.embedding_dim * 4,
+                codes_bytes=sum(group_bytes(list(tokens.values()), list(tokens))),
+                lengths_bytes=packed_bytes(embedding.num_embeddings * index_bits(len(tokens))),
+                codebook_bytes=sum(book.stored_bytes() for book in embedding.books),
+                tokens_per_length=tokens,
+            )
+        )
+    lengths_found = sorted({length for part in parts for length in part.tokens_per_length})
+    return SizeReport(
+        num_tokens=sum(part.num_tokens for part in parts),
+        dense_bytes=sum(part.dense_bytes for part in parts),
+        codes_bytes=sum(part.codes_bytes for part in parts),
+        lengths_bytes=sum(part.lengths_bytes for part in parts),
+        codebook_bytes=sum(part.codebook_bytes for part in parts),
+        tokens_per_length={
+            length: sum(part.tokens_per_length.get(length, 0) for part in parts) for length in lengths_found
+        },
+        head_bytes=sum(head.weight.nbytes for head in untied_heads(model).values()),
+    )

@@ -1,0 +1,93 @@
+"""Put compressed tables into a model, in all places of the dense ones, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import compat
+from ..config import AdaCompConfig
+from ..nn.dense import dense_embedding
+from ..nn.embedding import AdaptiveCompressedEmbedding
+from ..nn.head import CompressedHead, SharedEmbedding
+from .tables import DenseTable, compressed_embeddings, dense_tables, model_parts, untied_heads
+
+
+def install(
+    model: PreTrainedModel,
+    config: AdaCompConfig,
+    token_counts: Tensor | Mapping[str, Tensor] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> None:
+    """Replace the token tables of `model` by compressed ones; nothing changes if it raises."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"compress takes a transformers PreTrainedModel; got {type(model).__name__}. For another module, put "
+            "AdaptiveCompressedEmbedding.from_embedding(module.embedding, config) in the place of its nn.Embedding"
+        )
+    if compressed_embeddings(model):
+        raise ValueError(f"{type(model).__name__} is compressed already; decompress(model) undoes it")
+    tables = dense_tables(model, include, exclude)
+    names = [table.name for table in tables]
+    counts = token_counts if isinstance(token_counts, Mapping) else dict.fromkeys(names, token_counts)
+    if unknown := set(counts) - set(names):
+        raise ValueError(f"token_counts names {sorted(unknown)}, but the tables to compress are {names}")
+    compressed = [
+        AdaptiveCompressedEmbedding.from_embedding(table.owner, config, counts.get(table.name)) for table in tables
+    ]
+    for table, embedding in zip(tables, compressed, strict=True):
+        put(model, table, embedding, config.head)
+
+
+def put(model: PreTrainedModel, table: DenseTable, embedding: AdaptiveCompressedEmbedding, head: str) -> None:
+    """Put `embedding` in all places of `table`, and tell transformers that they are not tied by their weights."""
+    for prefix, part in model_parts(model):
+        compat.forget_ties(part, prefix, table.weights)
+    for shared in table.shared.values():
+        replace_module(model, shared, SharedEmbedding(embedding))
+    for linear in table.heads.values():
+        if head == "compress":
+            replace_module(model, linear, CompressedHead(embedding, linear.bias))
+        else:
+            linear.weight = nn.Parameter(linear.weight.detach().clone())
+    replace_module(model, table.owner, embedding)
+
+
+def take_out(model: PreTrainedModel) -> None:
+    """Put dense modules back in all places of the compressed tables of `model`, and the ties between them.
+
+    Where a head kept weights of its own, nothing is tied any more: configs know all ties or none.
+    """
+    untied = untied_heads(model)
+    for embedding in compressed_embeddings(model).values():
+        dense = embedding.to_embedding()
+        for module in list(model.modules()):
+            if isinstance(module, SharedEmbedding) and module.embedding is embedding:
+                weight = dense.weight.detach().clone() if untied else dense.weight
+                again = dense_embedding(weight, dense.padding_idx, embedding.scale, embedding.dense_class)
+                replace_module(model, module, again.train(module.training))
+            if isinstance(module, CompressedHead) and module.embedding is embedding:
+                linear = nn.Linear(1, 1, bias=False)
+                linear.out_features, linear.in_features = dense.weight.shape
+                linear.weight = dense.weight
+                linear.register_parameter("bias", module.bias)
+                replace_module(model, module, linear.train(module.training))
+        replace_module(model, embedding, dense)
+    if untied:
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+        for head in untied.values():  # its bias may be tied to another name of the same parameter, too
+            if head.bias is not None:
+                head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
+    for _, part in model_parts(model):
+        compat.remember_ties(part, untied=bool(untied))
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `model` holds `old`."""
+    places = [(parent, name) for parent in model.modules() for name, child in compat.children(parent) if child is old]
+    for parent, name in places:
+        setattr(parent, name, new)

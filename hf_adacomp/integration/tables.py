@@ -1,0 +1,190 @@
+"""The token tables of a model: dense ones with all places that share them, and compressed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import compat
+from ..nn.dense import checked_table
+from ..nn.embedding import AdaptiveCompressedEmbedding
+from ..nn.head import CompressedHead
+
+
+@dataclass
+class DenseTable:
+    """A dense token table and the modules of a model that share its weights.
+
+    Args:
+        name: Module name of its owner, the embedding that `get_input_embeddings` returns.
+        owner: That module.
+        shared: Further embeddings with the same weights, by module name.
+        heads: Output heads with the same weights, by module name.
+    """
+
+    name: str
+    owner: nn.Embedding
+    shared: dict[str, nn.Embedding]
+    heads: dict[str, nn.Linear]
+
+    @property
+    def weights(self) -> set[str]:
+        """Names of the parameter in all places."""
+        return {f"{name}.weight" for name in (self.name, *self.shared, *self.heads)}
+
+
+def compressed_embeddings(model: nn.Module) -> dict[str, AdaptiveCompressedEmbedding]:
+    """The compressed tables of a model by module name; one shared under several names is listed once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptiveCompressedEmbedding)}
+
+
+def require_compressed(model: nn.Module) -> dict[str, AdaptiveCompressedEmbedding]:
+    """As `compressed_embeddings`, with a ValueError if there is none."""
+    found = compressed_embeddings(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no compressed embedding: call compress(model, config) first")
+    return found
+
+
+def compressed_heads(model: nn.Module) -> dict[str, CompressedHead]:
+    """The compressed output heads of a model by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedHead)}
+
+
+def config_ties(model: PreTrainedModel) -> bool:
+    """Whether the model's config asks for an output head that is tied to the table."""
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def untied_heads(model: nn.Module) -> dict[str, nn.Linear]:
+    """Output heads that were tied to a table which has been compressed, and now keep weights of their own."""
+    if not isinstance(model, PreTrainedModel) or not config_ties(model):
+        return {}
+    shapes = {(table.num_embeddings, table.embedding_dim) for table in compressed_embeddings(model).values()}
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or tuple(head.weight.shape) not in shapes:
+        return {}
+    return {name: head for name, module in model.named_modules() if module is head}
+
+
+def dense_tables(
+    model: PreTrainedModel, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> list[DenseTable]:
+    """The token tables of a model, each once, however many modules share it.
+
+    Those are what `get_input_embeddings` returns for the model and its parts, unless `include` (patterns as in
+    `fnmatch`, for module names) asks for others. ValueError if there are none, or they are not understood.
+    """
+    names: dict[nn.Module, str] = {module: name for name, module in reversed([*model.named_modules()])}
+    if include is None:
+        found = [_input_embeddings(part) for _, part in model_parts(model)]
+        owners = [m for i, m in enumerate(found) if m is not None and (i == 0 or isinstance(m, nn.Embedding))]
+    else:
+        owners = [m for m, name in names.items() if isinstance(m, nn.Embedding) and _matches(name, include)]
+        owners.sort(key=lambda owner: owner is not _input_embeddings(model))
+    tables: list[DenseTable] = []
+    for owner in owners:
+        if owner not in names or _matches(names[owner], exclude):
+            continue
+        if any(f"{names[owner]}.weight" in table.weights for table in tables):
+            continue
+        tables.append(dense_table(model, names[owner], owner))
+    if not tables:
+        asked = "" if include is None and not exclude else f" for include={include} and exclude={exclude}"
+        raise ValueError(
+            f"{type(model).__name__} has no token embeddings to compress (get_input_embeddings found none){asked}"
+        )
+    return tables
+
+
+def dense_table(model: PreTrainedModel, name: str, owner: nn.Module) -> DenseTable:
+    """The table of the module `name` of `model`; ValueError if it, or what shares it, is not understood."""
+    checked_table(owner)
+    owner = cast(nn.Embedding, owner)
+    table = DenseTable(name, owner, {}, {})
+    head = model.get_output_embeddings()
+    if head is not None and not isinstance(head, (nn.Linear, CompressedHead)):
+        raise ValueError(
+            f"{type(model).__name__} has an output head that is not understood, a {type(head).__name__}; only "
+            "nn.Linear heads are"
+        )
+    declared = _tied_to(model, f"{name}.weight")
+    for other, module in model.named_modules():
+        # Before transformers has loaded a model, ties are declared but not made yet.
+        tied = any(p is owner.weight for p in module.parameters(recurse=False)) or (
+            owner.weight.is_meta and f"{other}.weight" in declared
+        )
+        if module is owner or not tied:
+            continue
+        if isinstance(module, nn.Embedding) and _same_but_for_place(module, owner):
+            table.shared[other] = module
+        elif type(module) is nn.Linear and module.weight.shape == owner.weight.shape:
+            table.heads[other] = module
+        else:
+            raise ValueError(
+                f"{type(model).__name__} ties its token embeddings {name!r} to {other!r}, a {type(module).__name__}: "
+                "only embeddings with the same scale and nn.Linear output heads are understood"
+            )
+    if loose := declared - table.weights:
+        raise ValueError(
+            f"{type(model).__name__} declares {min(loose)!r} tied to '{name}.weight', but they are different tensors: "
+            "call model.tie_weights(), or set config.tie_word_embeddings=False, before compress"
+        )
+    return table
+
+
+def matching_table(model: PreTrainedModel, name: str) -> DenseTable:
+    """The token table stored as `name`, whether it was saved with or without its task head.
+
+    `bert.embeddings.word_embeddings` of a classifier is `embeddings.word_embeddings` of the bare model.
+    """
+    for candidate, module in model.named_modules(remove_duplicate=False):
+        same = candidate == name or candidate.endswith("." + name) or name.endswith("." + candidate)
+        if candidate and same and isinstance(module, nn.Embedding):
+            return dense_table(model, candidate, module)
+    raise ValueError(
+        f"the file's quantization_config names a compressed table {name!r}, but {type(model).__name__} has no "
+        "nn.Embedding of that name: load it with the model class it was saved from"
+    )
+
+
+def model_parts(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    """The model itself and the models inside of it, with the prefix of their parameters' names."""
+    return [
+        (f"{name}." if name else "", module)
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+    ]
+
+
+def _tied_to(model: PreTrainedModel, weight: str) -> set[str]:
+    """Names of all parameters that the model declares to be the same as `weight`."""
+    found = {weight}
+    for a, b in [*compat.tied_weights(model).items()] * 2:  # twice: both may be tied to a third
+        if found & {a, b}:
+            found |= {a, b}
+    return found
+
+
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        module: nn.Module | None = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return module
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _same_but_for_place(a: nn.Embedding, b: nn.Embedding) -> bool:
+    scales = [compat.embed_scale(module) for module in (a, b)]
+    same = all(isinstance(scale, torch.Tensor) and scale.is_meta for scale in scales) or scales[0] == scales[1]
+    return type(a) is type(b) and bool(same) and a.padding_idx == b.padding_idx

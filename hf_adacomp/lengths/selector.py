@@ -1,0 +1,106 @@
+"""Selection of code lengths: logits and Gumbel-softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .budget import assign_lengths
+
+SHARPNESS = 4.0
+"""Logits that separate the longest from the shortest code at the warm start by their price alone."""
+
+
+class _Amplify(torch.autograd.Function):
+    """`gain * x` whose gradient is that of `x`.
+
+    Adam takes steps of the learning rate whatever the gradient's scale, so a factor in the forward pass alone raises
+    the effective rate of the logits, and the Trainer's gradient clipping is not filled up by the selector.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: float) -> Tensor:
+        return gain * x
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        return grad[0], None
+
+
+def gumbel_noise(tokens: int, lengths: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Gumbel(0, 1) noise of all tokens, (tokens, lengths): a function of the arguments."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return -torch.empty(tokens, lengths, device=device, dtype=dtype).exponential_(generator=generator).log()
+
+
+class LengthSelector(nn.Module):
+    """Logits over n code lengths for each of V tokens.
+
+        a_{w,k} = -cost_{w,k} - price * L_k + gain * offset_{w,k}
+
+    `cost` is the warm start's weighted distortion and `offset` is learned on the task. `price`, the Lagrange
+    multiplier of the stored bits, is solved rather than tuned: it is the least price at which the most likely lengths
+    fit the size.
+
+    Args:
+        num_tokens: V.
+        ladder: The n code lengths in bits, increasing.
+        gain: Factor between the parameter and the logits.
+    """
+
+    price: Tensor
+
+    def __init__(
+        self,
+        num_tokens: int,
+        ladder: tuple[int, ...],
+        gain: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.ladder, self.gain = ladder, gain
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.offset = nn.Parameter(torch.zeros(num_tokens, len(ladder), **options))
+        # A parameter without gradient, because DDP broadcasts buffers on every forward pass.
+        self.cost = nn.Parameter(torch.zeros(num_tokens, len(ladder), **options), requires_grad=False)
+        self.register_buffer("price", torch.full((), SHARPNESS / ladder[-1], **options))
+
+    def scores(self, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """Logits before the price, (tokens, n)."""
+        learned: Tensor = _Amplify.apply(self.offset[tokens], self.gain)  # type: ignore[no-untyped-call]
+        return learned - self.cost[tokens]
+
+    def forward(self, tokens: Tensor, temperature: float, noise: Tensor) -> Tensor:
+        """Gumbel-softmax sample of each token, (N,) -> (N, n), rows on the simplex (Jang et al. 2017).
+
+        `noise` is `gumbel_noise` of the same tokens, (N, n).
+        """
+        ladder = torch.tensor(self.ladder, device=self.price.device, dtype=self.price.dtype)
+        return ((self.scores(tokens) - self.price * ladder + noise) / temperature).softmax(dim=-1)
+
+    @torch.no_grad()
+    def set_cost(self, distortion: Tensor, budget: int) -> None:
+        """Start from weighted distortions (V, n), scaled so that the price of the longest code is `SHARPNESS`.
+
+        Rare tokens then sit within a few logits of every length, where the task can move them, while tokens whose
+        distortion outweighs the price are as good as settled.
+        """
+        ladder = torch.tensor(self.ladder, device=distortion.device)
+        _, price = assign_lengths(-distortion, ladder, budget)
+        # Where all bits that anyone wants are to be had, nothing has a price: take what a bit saves on average.
+        saved = float((distortion[:, 0] - distortion[:, -1]).mean()) / max(1, self.ladder[-1] - self.ladder[0])
+        reference = price or saved
+        scale = SHARPNESS / (reference * self.ladder[-1]) if reference > 0 else 1.0
+        self.cost.copy_(distortion * scale)
+        self.offset.zero_()
+        self.price.fill_(price * scale)
+
+    @torch.no_grad()
+    def solve(self, budget: int) -> tuple[Tensor, float]:
+        """The index of each token's code length, (V,) int64, and the price at which the codes keep the budget."""
+        ladder = torch.tensor(self.ladder, device=self.price.device)
+        return assign_lengths(self.scores(), ladder, budget)

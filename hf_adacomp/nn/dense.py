@@ -1,0 +1,68 @@
+"""The dense tables that can be compressed: `nn.Embedding` and the scaled subclasses of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import compat
+
+
+def checked_table(embedding: nn.Module) -> Tensor:
+    """The table of a plain or scaled `nn.Embedding`, (V, d).
+
+    Raises:
+        ValueError: For any other subclass, which may compute something else in `forward`, for `sparse` or `max_norm`,
+            and for NaN or Inf in the table.
+    """
+    checked_scale(embedding)
+    if not isinstance(embedding, nn.Embedding) or embedding.sparse or embedding.max_norm is not None:
+        raise ValueError(
+            f"cannot compress an nn.Embedding with sparse={embedding.sparse} and max_norm={embedding.max_norm}: "
+            "set sparse=False and max_norm=None first"
+        )
+    weight = embedding.weight.detach()
+    # The extremes tell, NaN included, without a mask as large as the table.
+    if not weight.is_meta and weight.numel() and not torch.isfinite(torch.stack(weight.aminmax())).all():
+        bad = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
+        raise ValueError(f"the source table holds NaN or Inf, first in the row of token {bad}: repair it first")
+    return weight
+
+
+def checked_scale(embedding: nn.Module) -> float:
+    """The factor between a row of the table and what `forward` returns for it; 1 for a plain `nn.Embedding`.
+
+    Many models multiply by `sqrt(d)` inside of a subclass. One is understood if it names its factor `embed_scale` and
+    really computes that product.
+    """
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    scale = compat.embed_scale(embedding)
+    if isinstance(embedding, nn.Embedding) and scale is not None:
+        # Without values there is nothing to multiply: a file's layout has the scale of the model being loaded.
+        factor = 1.0 if embedding.weight.is_meta else float(scale)
+        if embedding.weight.is_meta or _multiplies(embedding, factor):
+            return factor
+    raise ValueError(
+        f"cannot compress {type(embedding).__name__}: only nn.Embedding itself and subclasses that multiply it by "
+        "`embed_scale` are understood, because another may compute something else in forward"
+    )
+
+
+@torch.no_grad()
+def _multiplies(embedding: nn.Embedding, scale: float) -> bool:
+    rows = embedding.weight[:2]
+    found = embedding(torch.arange(len(rows), device=rows.device))
+    return found.shape == rows.shape and torch.allclose(found.float(), rows.float() * scale, rtol=0.01)
+
+
+def dense_embedding(weight: Tensor | nn.Parameter, padding_idx: int | None, scale: float, kind: type) -> nn.Embedding:
+    """A dense module of class `kind` with this table (V, d), which it shares."""
+    options: dict[str, Any] = {} if kind is nn.Embedding else {"embed_scale": scale}
+    embedding: nn.Embedding = kind(1, weight.shape[1], None, **options)
+    embedding.to(device=weight.device, dtype=weight.dtype)
+    embedding.num_embeddings, embedding.padding_idx = len(weight), padding_idx
+    embedding.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+    return embedding

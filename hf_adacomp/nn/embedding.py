@@ -1,0 +1,191 @@
+"""`AdaptiveCompressedEmbedding`: the drop-in for `nn.Embedding`, in three phases."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ..codes.packed import PackedCodes
+from ..config import AdaCompConfig
+from ..fitting.ladder import with_ladder_for
+from .dense import checked_scale, checked_table, dense_embedding
+from .regularization import add_gradients, finite_gradients, regularizer
+from .table import CodedTable
+
+logger = logging.getLogger(__name__)
+
+
+class AdaptiveCompressedEmbedding(CodedTable):
+    """Embeddings as sums of code vectors chosen by binary codes, each token with a code length of its own.
+
+        select   lengths are learned: e_w = sum_k p_{w,k} xhat_{w,k}, p_w a Gumbel-softmax sample
+        encode   lengths are frozen:  e_w = xhat_{w,k*}; codes and code-books go on learning
+        packed   bits are stored; encoders, selector and source table are gone
+
+    In eval mode the module computes, in every phase, what it would compute if it were packed at that moment: hard
+    lengths that keep the budget of `config.target_ratio`, hard bits, code vectors as stored.
+
+    Takes and refuses the same inputs as `nn.Embedding`: integer ids of any shape, `IndexError` out of range. The row of
+    `padding_idx` is zero if the source's was.
+
+    Args:
+        num_embeddings: Number of tokens V.
+        embedding_dim: Width d.
+        config: The settings.
+        padding_idx: As in `nn.Embedding`; may be negative.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: If the code-books alone exceed `config.target_ratio`; the message gives the largest that fits.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        config: AdaCompConfig,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        _source: Tensor | None = None,
+    ) -> None:
+        if _source is None:
+            dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        else:
+            dense = nn.Embedding.from_pretrained(_source, padding_idx=padding_idx)  # shares it
+        source = dense.weight.data
+        super().__init__(source, with_ladder_for(source, config), dense.padding_idx)
+        self.dense_class: type[nn.Embedding] = nn.Embedding
+        self.abandoned = False  # whether training ended before the lengths were frozen
+        self.diverged = False  # whether the task's last gradients were NaN or Inf
+        self.loading = False  # whether weights are on their way in and have not been checked yet
+        if _source is None:
+            self.budget()  # refuse an impossible size here rather than at the warm start
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, config: AdaCompConfig, token_counts: Tensor | None = None
+    ) -> AdaptiveCompressedEmbedding:
+        """Compress a plain or scaled `nn.Embedding`; with `token_counts` (V,) the warm start runs at once.
+
+        The source table is shared, not copied, until `pack` lets go of it.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+        >>> table, counts = nn.Embedding(1000, 64), 1000 // torch.arange(1, 1001)
+        >>> embedding = AdaptiveCompressedEmbedding.from_embedding(table, AdaCompConfig(target_ratio=20), counts)
+        >>> embedding(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 64])
+        >>> embedding.pack()
+        >>> embedding.phase
+        'packed'
+
+        Raises:
+            ValueError: For a table that cannot be compressed, and for counts that cannot be.
+        """
+        source = checked_table(embedding)
+        config = with_ladder_for(source, config, token_counts)
+        tokens, dim = source.shape
+        module = cls(tokens, dim, config, embedding.padding_idx, _source=source)
+        module.budget()
+        module.scale, module.dense_class = checked_scale(embedding), type(embedding)
+        module.train(embedding.training)
+        if token_counts is not None:
+            module.warm_start(token_counts)
+        return module
+
+    # Training
+
+    @property
+    def temperature(self) -> float:
+        """Gumbel-softmax temperature at the current training progress; 0 once the lengths are frozen."""
+        state = self.training_state
+        return state.temperature if state is not None and state.phase == "select" else 0.0
+
+    def step(self, fraction: float) -> None:
+        """Tell the module how far training is, between `backward()` and `optimizer.step()`.
+
+        Sets temperature and price, freezes the lengths at `config.select_fraction`, and adds the gradients of the
+        regularisers. Once packed it does nothing. Gradients that are NaN or Inf, as the loss was, are dropped with a
+        warning.
+
+        Args:
+            fraction: Optimizer steps done over all steps, 0..1.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction is the share of training that is done, between 0 and 1; got {fraction!r}")
+        if self.training_state is None:
+            return
+        self.ensure_warm()
+        self._leave_out_broken_gradients(fraction)
+        self.training_state.advance(fraction, self.budget())
+        decode = self.decoder(hard=True).vectors
+        loss = regularizer(self.config, self.books, self.training_state, decode)
+        add_gradients(loss, self.codebooks.parameters())
+
+    def _leave_out_broken_gradients(self, fraction: float) -> None:
+        finite = finite_gradients(self.parameters())
+        if not finite:
+            self.zero_grad()  # to None: an optimizer passes over what has no gradient
+            if not self.diverged:
+                logger.warning(
+                    "the gradients of the loss are NaN or Inf after %.2f %% of training: they are left out for the "
+                    "compressed table, which stays as it is. If the loss stays so, lower the learning rate",
+                    100 * fraction,
+                )
+        self.diverged = not finite
+
+    def freeze_lengths(self) -> None:
+        """Freeze each token's most likely code length within the budget. Afterwards only codes are learned."""
+        state = self.require_training("freeze_lengths")
+        self.ensure_warm()
+        state.freeze(self.budget())
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Store the bits of every token and drop the encoders, the selector and the source table."""
+        if self.training_state is None:
+            return
+        self.freeze_lengths()
+        decoder = self.decoder()
+        codes = torch.cat([decoder.codes.group(k) for k in range(len(self.books))])
+        self.become_packed(PackedCodes.of(decoder.codes.assignment(), self.config.ladder, codes))
+
+    # What is computed
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Vectors of the ids, int32 or int64 of any shape -> (..., d)."""
+        if input.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
+        return self.decoder().look_up(input.to(torch.int64))
+
+    def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:
+        """As in `nn.Module`; entering eval mode settles the hard lengths of the moment."""
+        super().train(mode)
+        if not mode and self.training_state is not None and not self.loading and self.training_state.warm:
+            self.training_state.settle(self.budget())
+        return self
+
+    # Questions
+
+    @torch.no_grad()
+    def to_embedding(self) -> nn.Embedding:
+        """A dense embedding of the class that this one replaced, with the decoded table."""
+        was_training = self.training
+        decoder = self.eval().decoder()
+        blocks = torch.arange(self.num_embeddings, device=self.books[0].bias.device).split(self.books[0].block)
+        weight = torch.cat([decoder.vectors(block) for block in blocks])
+        self.train(was_training)
+        return dense_embedding(weight, self.padding_idx, self.scale, self.dense_class).train(was_training)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}{padding}, phase={self.phase!r}, "
+            f"code_lengths={self.config.ladder}, target_ratio={self.config.target_ratio:g}"
+        )

@@ -1,0 +1,146 @@
+"""What stands where a compressed table is shared: the tied output head, the embeddings of a decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..codes.bits import BYTE_BITS, unpack_rows, whole_bytes
+from ..codes.codebook import StoredBook
+from .embedding import AdaptiveCompressedEmbedding
+
+BITS_PER_BLOCK = 1 << 22
+"""Bits of the codes that the head unpacks at once (as float32: 16 MB)."""
+
+KEPT_BITS = 1 << 26
+"""Bits that a training step keeps for the way back (twice, as float32: 0.5 GB); beyond, blocks are computed anew."""
+
+
+class _Borrower(nn.Module):
+    """A module that reads a compressed embedding which stands elsewhere in the model.
+
+    The reference is not registered: the table is saved, moved and counted once, under its owner's name.
+    """
+
+    def __init__(self, embedding: AdaptiveCompressedEmbedding) -> None:
+        super().__init__()
+        self._owner = (embedding,)
+
+    @property
+    def embedding(self) -> AdaptiveCompressedEmbedding:
+        """The compressed table."""
+        return self._owner[0]
+
+
+class SharedEmbedding(_Borrower):
+    """Further token embeddings that share the table, such as those of a decoder."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `AdaptiveCompressedEmbedding.forward`."""
+        vectors: Tensor = self.embedding(input)
+        return vectors
+
+    @property
+    def num_embeddings(self) -> int:
+        """V."""
+        return self.embedding.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """d."""
+        return self.embedding.embedding_dim
+
+    @property
+    def padding_idx(self) -> int | None:
+        """As in `nn.Embedding`."""
+        return self.embedding.padding_idx
+
+
+class CompressedHead(_Borrower):
+    """An output head that is tied to a compressed table: logits from the same codes and code-books.
+
+        logit_w = h . xhat_w = sum over the set bits i of w of (C_k h)_i + c_k . h        for w of code length k
+
+    For a few positions, as in generation, `C_k h` is computed once for each, and its sums over all values of a byte of
+    a code are looked up byte by byte (asymmetric distance computation; Jegou, Douze, Schmid 2011). From d positions
+    on it is cheaper to decode the vectors of a block of tokens for all of them. The dense table is never made: codes
+    are unpacked in blocks of `BITS_PER_BLOCK` bits, 16 MB as float32, which together with one reordered copy of the
+    logits is all the memory that the head takes. Training keeps up to `KEPT_BITS` bits for the way back.
+
+    While lengths are learned a token's vector is the Gumbel-softmax mixture of all lengths, as in the embedding.
+
+    Args:
+        embedding: The compressed table, (V, d).
+        bias: Of the head that this one replaces, (V,), or None.
+    """
+
+    def __init__(self, embedding: AdaptiveCompressedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__(embedding)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.bias = bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, (..., d) -> (..., V)."""
+        table = self.embedding
+        learning = table.training and table.training_state is not None  # bits have gradients
+        if learning or hidden.shape[:-1].numel() >= self.in_features:
+            logits = self._many(hidden)
+        else:
+            with torch.autocast(hidden.device.type, enabled=False):  # sums in half precision would lose bits
+                logits = self._few(hidden)
+        return logits if self.bias is None else logits + self.bias
+
+    def _many(self, hidden: Tensor) -> Tensor:
+        decoder = self.embedding.decoder()
+
+        def product(tokens: Tensor) -> Tensor:
+            return F.linear(hidden, decoder.vectors(tokens).to(hidden.dtype))
+
+        tokens = torch.arange(self.out_features, device=hidden.device)
+        bits = sum(self.embedding.config.ladder)
+        keep = self.out_features * bits <= KEPT_BITS or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return torch.cat(
+            [
+                product(block) if keep else checkpoint(product, block, use_reentrant=False)
+                for block in tokens.split(max(1, BITS_PER_BLOCK // bits))
+            ],
+            dim=-1,
+        )
+
+    def _few(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, self.in_features).float()
+        decoder = self.embedding.decoder()
+        codes, order = decoder.codes, decoder.codes.assignment().argsort(stable=True)
+        by_length = [
+            self._sums(book, codes.group(k), tokens, rows)
+            for k, (book, tokens) in enumerate(zip(decoder.books, codes.tokens_per_length, strict=True))
+            if tokens
+        ]
+        by_group = torch.cat(by_length)
+        logits = torch.zeros_like(by_group).index_copy(0, order, by_group)
+        if decoder.zero_token is not None:
+            logits[decoder.zero_token] = 0
+        return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
+
+    def _sums(self, book: StoredBook, codes: Tensor, tokens: int, rows: Tensor) -> Tensor:
+        """Logits of a group of codes, (N, d) -> (tokens, N)."""
+        scores = F.linear(book.vectors.float(), rows)
+        bias = F.linear(book.bias.float()[None], rows)
+        length = len(book.vectors)
+        step = max(1, BITS_PER_BLOCK // length)
+        if length % 8:
+            blocks = torch.arange(tokens, device=rows.device).split(step)
+            sums = [unpack_rows(codes, block, length) @ scores + bias for block in blocks]
+        else:  # scores of all values of each byte of a code, one table a byte
+            octets = length // 8
+            tables = (BYTE_BITS.to(rows.device) @ scores.view(octets, 8, -1)).view(256 * octets, -1)
+            tables = torch.cat([tables[:256] + bias, tables[256:]])
+            first = torch.arange(octets, device=rows.device, dtype=torch.int32) * 256
+            blocks = whole_bytes(codes, length).split(step)
+            sums = [F.embedding_bag(block + first, tables, mode="sum") for block in blocks]
+        return torch.cat(sums)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

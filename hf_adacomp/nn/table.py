@@ -1,0 +1,186 @@
+"""A table of vectors in codes: its code-books, where its bits come from, and what can be asked of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..codes.codebook import BinaryCodebook
+from ..codes.packed import PackedCodes
+from ..config import AdaCompConfig
+from ..fitting.warm_start import fit_codebooks
+from ..lengths.budget import code_budget
+from .decoding import Decoder, LearnedCodes, StaticDecoder
+from .training_state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+class CodedTable(nn.Module):
+    """V vectors of width d: a code-book for each code length and, for each token, a code length and the bits of a code.
+
+    The bits come from encoders until they are stored: of `training_state` and `packed` exactly one is there.
+
+    Args:
+        source: The table that is compressed, (V, d). Shared, not copied.
+        config: The settings, with a ladder.
+        padding_idx: As in `nn.Embedding`, not negative. Its vector is zero if the source's is.
+    """
+
+    def __init__(self, source: Tensor, config: AdaCompConfig, padding_idx: int | None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = source.shape
+        self.padding_idx, self.config = padding_idx, config
+        self.scale = 1.0
+        self.zero_padding = padding_idx is not None and (source.is_meta or not source[padding_idx].any())
+        self.codebooks = nn.ModuleList(
+            BinaryCodebook(
+                length,
+                self.embedding_dim,
+                tied=config.tied,
+                storage=config.codebook_dtype,
+                device=source.device,
+                dtype=source.dtype,
+            )
+            for length in config.ladder
+        )
+        self.training_state: TrainingState | None = TrainingState(source, config)
+        self.packed: PackedCodes | None = None
+        self.register_load_state_dict_pre_hook(_refuse_other_form)  # type: ignore[no-untyped-call]  # torch's
+
+    @property
+    def books(self) -> list[BinaryCodebook]:
+        """The code-books, one a code length, increasing."""
+        return cast(list[BinaryCodebook], list(self.codebooks))
+
+    @property
+    def phase(self) -> str:
+        """`"select"`, `"encode"` or `"packed"`."""
+        return "packed" if self.training_state is None else self.training_state.phase
+
+    def budget(self) -> int:
+        """Bits available for the codes of all tokens under `config.target_ratio`."""
+        books = sum(book.stored_bytes() for book in self.books)
+        config = self.config
+        return code_budget(self.num_embeddings, self.embedding_dim, config.ladder, books, config.target_ratio)
+
+    def warm_start(
+        self, token_counts: Tensor | None = None, metric: Tensor | None = None, show_progress: bool = True
+    ) -> None:
+        """Fit code-books and selection to the source table.
+
+        Args:
+            token_counts: Occurrences of each token in the training data, (V,), by which tokens weigh.
+            metric: What errors are measured in, (d, d), from here on: `hf_adacomp.integration.metric`.
+            show_progress: Whether to draw a progress bar.
+
+        Raises:
+            ValueError: For counts or a metric that cannot be.
+        """
+        state = self.require_training("warm_start")
+        if token_counts is not None:
+            state.set_counts(token_counts)
+        if metric is not None:
+            state.set_metric(metric)
+        budget, seed = self.budget(), self.config.seed
+        cost = fit_codebooks(self.books, state.source, state.token_counts, state.metric, budget, seed, show_progress)
+        state.start(cost, budget)
+
+    @property
+    def cold(self) -> bool:
+        """Whether there is a warm start to come."""
+        return self.training_state is not None and not self.training_state.warm
+
+    def ensure_warm(self) -> None:
+        """Fit the code-books without token counts if nobody did it with them."""
+        if self.cold:
+            logger.warning(
+                "AdaptiveCompressedEmbedding is used before its warm start: fitting without token counts. Pass "
+                "token_counts to compress(), or train with AdaCompCallback(), which counts the training data"
+            )
+            self.warm_start()
+
+    def decoder(self, hard: bool = False) -> Decoder:
+        """From tokens to vectors as they are due now, for one forward pass.
+
+        While lengths are learned, in training mode, vectors are mixtures over all of them, unless `hard`.
+        """
+        static = torch.compiler.is_compiling()
+        if not static:
+            self.ensure_warm()
+        stored = [book.stored() for book in self.books]
+        state, zero = self.training_state, self.padding_idx if self.zero_padding else None
+        if static or state is None:
+            kind = StaticDecoder if static else Decoder
+            return kind(stored, self.require_packed(), self.num_embeddings, zero, self.scale)
+        codes = LearnedCodes(state, self.books, stored)
+        shares = state.shares if self.training and state.phase == "select" and not hard else None
+        return Decoder(stored, codes, self.num_embeddings, zero, self.scale, shares)
+
+    def token_counts(self) -> Tensor:
+        """Occurrences of each token in the training data, (V,); only until it is packed."""
+        return self.require_training("token_counts").token_counts
+
+    def code_lengths(self) -> Tensor:
+        """Bits of each token's code, (V,) int64, as they would be packed now."""
+        self.ensure_warm()
+        if self.training_state is None:
+            assignment = self.require_packed().assignment()
+        else:
+            assignment = self.training_state.hard_assignment(self.budget())[0]
+        return torch.tensor(self.config.ladder, device=assignment.device)[assignment.to(torch.int64)]
+
+    @torch.no_grad()
+    def codes(self, token_id: int) -> tuple[int, ...]:
+        """Indices of the code vectors whose sum (plus the bias) is the token's vector."""
+        if not 0 <= token_id < self.num_embeddings:
+            raise IndexError(f"token id {token_id} is out of range for a table of {self.num_embeddings} rows")
+        k = self.config.ladder.index(int(self.code_lengths()[token_id]))
+        codes = self.decoder().codes
+        _, place = codes.locate(torch.tensor([token_id], device=self.books[0].bias.device))
+        return tuple(codes.bits(k, place)[0].nonzero().squeeze(1).tolist())
+
+    def become_packed(self, packed: PackedCodes) -> None:
+        """Drop what only training needs, with these codes to be read from now on."""
+        for book in self.books:
+            book.pack()
+        self.training_state, self.packed = None, packed
+
+    def resize(self, kept: int, new_codes: Tensor) -> None:
+        """Keep the first tokens of a packed table and append some with these codes of the longest length, (N, L)."""
+        self.packed = self.require_packed().resized(kept, new_codes)
+        self.num_embeddings = self.packed.num_tokens
+
+    def restore_constants(self) -> None:
+        """Mark the constants as such again after transformers loaded them as trainable parameters."""
+        if self.training_state is not None:
+            self.training_state.restore_constants()
+            for book in self.books:
+                book.restore_constants()
+
+    def require_packed(self) -> PackedCodes:
+        """The packed codes; ValueError before there are any."""
+        if self.packed is None:
+            raise ValueError("the embedding is not packed yet: call pack() first")
+        return self.packed
+
+    def require_training(self, verb: str) -> TrainingState:
+        """What training needs; ValueError once packed."""
+        if self.training_state is None:
+            raise ValueError(f"{verb} is not possible on a packed embedding: lengths and bits are fixed")
+        return self.training_state
+
+
+def _refuse_other_form(module: CodedTable, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before a state dict is loaded: a table in training cannot take a packed one's, nor the other way round."""
+    stored_packed = f"{prefix}packed.codes" in state_dict
+    if any(key.startswith(prefix) for key in state_dict) and stored_packed != (module.training_state is None):
+        forms = ("packed", "training") if stored_packed else ("training", "packed")
+        error_msgs = rest[-1]
+        error_msgs.append(
+            f"{prefix.rstrip('.')}: the checkpoint holds the {forms[0]} form of the compressed table, the model is "
+            f"in its {forms[1]} form; load the checkpoint with from_pretrained instead"
+        )

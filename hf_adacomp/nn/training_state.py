@@ -1,0 +1,155 @@
+"""The part of a compressed embedding that only training needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AdaCompConfig
+from ..fitting.token_counts import checked_counts
+from ..lengths.schedule import phase_at, temperature_at
+from ..lengths.selector import LengthSelector, gumbel_noise
+
+COLD, SELECT, ENCODE = range(3)
+"""Values of the `stage` buffer: before the warm start, lengths being learned, lengths frozen."""
+
+PROGRESS_UNIT = 10**9
+"""`progress` counts training in billionths: an integer survives casts of the model, and so does the schedule."""
+
+
+class TrainingState(nn.Module):
+    """Source table, token counts, metric, length selector and the schedule's state; dropped when the bits are packed.
+
+    All state is in tensors under fixed names, whatever the phase, so that any checkpoint of a run loads into any
+    moment of it.
+
+    Args:
+        source: The table that is compressed, (V, d).
+        config: The settings.
+    """
+
+    assignment: Tensor
+    stage: Tensor
+    progress: Tensor
+
+    def __init__(self, source: Tensor, config: AdaCompConfig) -> None:
+        super().__init__()
+        self.config = config
+        options: dict[str, Any] = {"device": source.device}
+        # Parameters without gradient rather than buffers: DDP broadcasts buffers on every forward pass.
+        self.source = nn.Parameter(source, requires_grad=False)
+        self.token_counts = nn.Parameter(torch.zeros(len(source), dtype=torch.int64, **options), requires_grad=False)
+        self.metric = nn.Parameter(torch.eye(source.shape[1], dtype=source.dtype, **options), requires_grad=False)
+        self.selector = LengthSelector(len(source), config.ladder, config.selection_gain, dtype=source.dtype, **options)
+        self.register_buffer("assignment", torch.zeros(len(source), dtype=torch.uint8, **options))
+        self.register_buffer("stage", torch.tensor(COLD, dtype=torch.uint8, **options))
+        self.register_buffer("progress", torch.tensor(-1, dtype=torch.int64, **options))
+        self._noise: tuple[int, Tensor] | None = None
+
+    @property
+    def phase(self) -> str:
+        """`"select"` or `"encode"`."""
+        return "encode" if self.stage == ENCODE else "select"
+
+    @property
+    def warm(self) -> bool:
+        """Whether the code-books hold a fit of the source table."""
+        return bool(self.stage != COLD)
+
+    @property
+    def driven(self) -> bool:
+        """Whether `advance` was ever called."""
+        return bool(self.progress >= 0)
+
+    @property
+    def temperature(self) -> float:
+        """Gumbel-softmax temperature at the current progress."""
+        settings = self.config
+        return temperature_at(
+            max(0, int(self.progress)) / PROGRESS_UNIT,
+            settings.temperature_start,
+            settings.temperature_end,
+            settings.select_fraction,
+            settings.anneal,
+        )
+
+    def shares(self, tokens: Tensor) -> Tensor:
+        """Gumbel-softmax shares of the code lengths of tokens at the current progress, (N,) -> (N, n).
+
+        The noise is a function of seed and progress: all places of a table, the micro-batches of a step, all processes
+        and a resumed run see the same.
+        """
+        moment = int(self.progress)
+        if self._noise is None or self._noise[0] != moment:
+            offset, seed = self.selector.offset, self.config.seed * 1_000_003 + moment
+            self._noise = moment, gumbel_noise(len(offset), offset.shape[1], seed, offset.device, offset.dtype)
+        shares: Tensor = self.selector(tokens, self.temperature, self._noise[1][tokens])
+        return shares
+
+    def set_counts(self, token_counts: Tensor) -> None:
+        """Take over token counts, (V,)."""
+        self.token_counts.copy_(checked_counts(token_counts, len(self.source)))
+
+    def set_metric(self, metric: Tensor) -> None:
+        """Take over the metric, (d, d), symmetric and positive definite."""
+        if metric.shape != self.metric.shape or torch.linalg.cholesky_ex(metric.double()).info:
+            raise ValueError(
+                f"metric must be a positive definite matrix of shape {tuple(self.metric.shape)}; got shape "
+                f"{tuple(metric.shape)} with entries from {metric.min():g} to {metric.max():g}"
+            )
+        self.metric.copy_(metric)
+
+    def start(self, cost: Tensor, budget: int) -> None:
+        """Begin selection from the warm start's weighted distortions, (V, n)."""
+        self.selector.set_cost(cost, budget)
+        self.stage.fill_(SELECT)
+        self.settle(budget)
+
+    def advance(self, fraction: float, budget: int) -> None:
+        """Take note that a share `fraction` of training is done: progress, price, and the freeze when it is due."""
+        self.progress.fill_(round(fraction * PROGRESS_UNIT))
+        if self.phase == "select":
+            self.selector.price.fill_(self.settle(budget))
+            if phase_at(int(self.progress) / PROGRESS_UNIT, self.config.select_fraction) == "encode":
+                self.stage.fill_(ENCODE)
+
+    def hard_assignment(self, budget: int) -> tuple[Tensor, float]:
+        """Index of each token's hard code length, (V,), and the price at which they fit (0 once frozen)."""
+        return self.selector.solve(budget) if self.phase == "select" else (self.assignment, 0.0)
+
+    @torch.no_grad()
+    def settle(self, budget: int) -> float:
+        """Set `assignment` to the hard lengths of the moment; returns the price at which they fit.
+
+        The price is not the selector's from here on: evaluation settles too, and must not change training.
+        """
+        assignment, price = self.hard_assignment(budget)
+        self.assignment.copy_(assignment)
+        return price
+
+    def freeze(self, budget: int) -> None:
+        """Freeze the hard lengths of the current scores."""
+        if self.phase == "select":
+            self.settle(budget)
+            self.stage.fill_(ENCODE)
+
+    def validate(self, name: str) -> None:
+        """Raise ValueError if a tensor holds what training never does."""
+        for tensor_name, tensor, least, most in (
+            ("assignment", self.assignment, 0, len(self.config.ladder) - 1),
+            ("stage", self.stage, COLD, ENCODE),
+            ("progress", self.progress, -1, PROGRESS_UNIT),
+            ("token_counts", self.token_counts, 0, torch.iinfo(torch.int64).max),
+        ):
+            if not least <= int(tensor.min()) <= int(tensor.max()) <= most:
+                raise ValueError(
+                    f"{name}.{tensor_name} must be from {least} to {most}; the file holds {int(tensor.min())} to "
+                    f"{int(tensor.max())}: it is damaged"
+                )
+
+    def restore_constants(self) -> None:
+        """Mark the constants as such again after transformers loaded them as trainable parameters."""
+        for constant in (self.source, self.token_counts, self.metric, self.selector.cost):
+            constant.requires_grad_(False)

@@ -1,0 +1,45 @@
+"""Push a model card to the Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo, EvalResult, HfApi
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import PreTrainedModel
+
+from .card import save_model_card
+
+
+def push_model_card(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    results: Sequence[EvalResult] = (),
+    dense_results: Sequence[EvalResult] = (),
+    token: str | None = None,
+    revision: str | None = None,
+) -> CommitInfo:
+    """Put our part into the model card of a repository, in a commit of its own.
+
+    For after `Trainer.push_to_hub`, which always writes a card of its own, and for results that are known only then.
+    Arguments are those of `model_card`.
+    """
+    api = HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        try:
+            file = api.hf_hub_download(repo_id, "README.md", revision=revision)
+        except EntryNotFoundError:
+            pass  # the repository has no card yet
+        else:
+            shutil.copy(file, os.path.join(folder, "README.md"))
+        save_model_card(
+            model, folder, repo_id=repo_id, base_model=base_model, results=results, dense_results=dense_results
+        )
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Model card of the compressed table"
+        )

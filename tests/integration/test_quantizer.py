@@ -1,0 +1,272 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LENGTHS, VOCABULARY, close, same_state, tiny_bert_config
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, pack, size_report
+from hf_adacomp.config import CODEBOOK_DTYPES, FLOAT_DTYPES
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
+small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": VOCABULARY}
+ARCHITECTURES = {
+    "bert": tiny_bert_config(),
+    "distilbert": DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_layers=1, n_heads=2, hidden_dim=48),
+    "roberta": RobertaConfig(hidden_size=32, **small),
+    "electra": ElectraConfig(embedding_size=32, hidden_size=16, **small),
+    "xlm-roberta": XLMRobertaConfig(hidden_size=32, **small),
+}
+TASKS = [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering]
+
+
+def outputs(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    return [value for value in model(ids).to_tuple() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_stock_loader_gives_back_every_bit(architecture, task, config, counts, ids, tmp_path):
+    model = pack(compress(task.from_config(ARCHITECTURES[architecture]), config, counts)).eval()
+    expected = outputs(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = task.from_pretrained(tmp_path)
+    assert all(close(a, b) for a, b in zip(outputs(loaded, ids), expected, strict=True))
+    assert same_state(loaded, model)
+    loaded.save_pretrained(tmp_path / "again")
+    first, again = (ours(folder) for folder in (tmp_path, tmp_path / "again"))
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], first[name]) and again[name].dtype == first[name].dtype for name in first)
+
+
+def ours(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the compressed table in a saved model, by name under the embedding's prefix."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name.split("word_embeddings.")[1]: tensors[name] for name in tensors if "word_embeddings." in name}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_chosen_code_lengths_are_in_the_file(bert, counts, ids, tmp_path, packed):
+    """`code_lengths="auto"` stays in the config; each table's own lengths come back with it."""
+    model = compress(bert, AdaCompConfig(target_ratio=20), counts).eval()
+    lengths = model.get_input_embeddings().config.ladder
+    if packed:
+        pack(model)
+    else:
+        model.get_input_embeddings().step(0.2)
+        model.eval()
+    expected = outputs(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.quantization_config.code_lengths == "auto"
+    assert loaded.get_input_embeddings().config.ladder == lengths
+    assert all(close(a, b) for a, b in zip(outputs(loaded, ids), expected, strict=True))
+    assert same_state(loaded, model)
+
+
+@pytest.mark.parametrize("codebook_dtype", CODEBOOK_DTYPES)
+def test_every_codebook_dtype_survives_the_file(codebook_dtype, bert, counts, ids, tmp_path):
+    pack(compress(bert, AdaCompConfig(LENGTHS, target_ratio=12, codebook_dtype=codebook_dtype), counts))
+    expected = bert(ids).logits
+    bert.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")["bert.embeddings.word_embeddings.codebooks.0.weight"]
+    assert stored.dtype == {"int4": torch.uint8, "int8": torch.int8, **FLOAT_DTYPES}[codebook_dtype]
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32
+    assert close(loaded(ids).logits, expected)
+
+
+def test_file_holds_the_documented_tensors_and_the_reported_bytes(packed_bert, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    tensors, table = load_file(tmp_path / "model.safetensors"), ours(tmp_path)
+    books = {f"codebooks.{k}.{part}" for k in range(3) for part in ("weight", "scale", "bias")}
+    assert table.keys() == {"packed.length_indices", "packed.codes"} | books
+    assert sum(tensor.nbytes for tensor in table.values()) == size_report(packed_bert).total_bytes
+    header = 8 + int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert (tmp_path / "model.safetensors").stat().st_size == header + total
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "adacomp"
+    assert stored["format_version"] == 2
+    assert sum(stored["tables"]["bert.embeddings.word_embeddings"]["tokens_per_length"]) == VOCABULARY
+
+
+def test_loads_without_a_task_head_and_with_another(packed_bert, ids, tmp_path):
+    expected = packed_bert.bert(ids).last_hidden_state
+    packed_bert.save_pretrained(tmp_path)
+    assert close(AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state, expected)
+    other = AutoModelForTokenClassification.from_pretrained(tmp_path)
+    assert close(other.bert(ids).last_hidden_state, expected)
+    AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "bare")
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
+    assert close(back.bert(ids).last_hidden_state, expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of a float tensor that any operation made outside of the meta device.
+
+    With `width`, only of tensors whose last dimension is that.
+    """
+
+    def __init__(self, width=None):
+        super().__init__()
+        self.width, self.most = width, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.is_floating_point():
+                if self.width is not None and tensor.shape[-1:] != (self.width,):
+                    continue
+                self.most = max(self.most, tensor.numel())
+        return result
+
+
+def test_loading_and_running_never_makes_a_dense_table(packed_bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the mode sees its own thread only
+    packed_bert.save_pretrained(tmp_path)
+    with LargestTensor() as seen:
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        model(torch.tensor([[1, 2, 3]]))
+    assert 0 < seen.most < VOCABULARY * 32 / 2
+    with LargestTensor() as seen:
+        AutoModelForSequenceClassification.from_config(tiny_bert_config())
+    assert seen.most >= VOCABULARY * 32  # what it would have seen
+
+
+def test_compresses_while_loading(bert, config, ids, tmp_path):
+    bert.save_pretrained(tmp_path / "dense")
+    settings = config.to_dict()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense", quantization_config=config)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, AdaptiveCompressedEmbedding)
+    assert torch.equal(embedding.training_state.source, bert.get_input_embeddings().weight)
+    pack(model).save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
+    assert close(loaded(ids).logits, model(ids).logits)
+    assert config.to_dict() == settings
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.7])
+def test_training_form_comes_back_whole(bert, config, counts, ids, tmp_path, fraction):
+    embedding = compress(bert, config, counts).get_input_embeddings()
+    embedding.step(fraction)
+    bert.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    twin = loaded.get_input_embeddings()
+    assert twin.phase == embedding.phase
+    assert twin.temperature == embedding.temperature
+    saved = bert.state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    trainable = {name for name, p in bert.named_parameters() if p.requires_grad}
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
+    assert close(pack(loaded)(ids).logits, pack(bert).eval()(ids).logits)
+    assert same_state(loaded, bert)
+
+
+def test_saving_before_the_schedule_ever_ran_is_refused(bert, config, counts, tmp_path):
+    compress(bert, config, counts)
+    with pytest.raises(ValueError, match=r"AdaCompCallback\(\).*hf_adacomp.pack"):
+        bert.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_of_the_loader_leaves_codes_alone(packed_bert, ids, tmp_path, dtype):
+    expected = packed_bert(ids).logits
+    packed_bert.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
+    assert model.get_input_embeddings().packed.codes.dtype == torch.uint8
+    assert model.get_input_embeddings()(ids).dtype == dtype
+    assert torch.allclose(model(ids).logits.float(), expected, atol=0.02)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+PREFIX = "bert.embeddings.word_embeddings."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(PREFIX + "packed.codes"), "lacks the tensor .*packed.codes"),
+        (lambda t: t.pop(PREFIX + "codebooks.1.scale"), "lacks the tensor .*codebooks.1.scale"),
+        (lambda t: t[PREFIX + "codebooks.1.scale"].fill_(float("nan")), "codebooks.1.scale holds NaN or Inf"),
+        (lambda t: t[PREFIX + "packed.length_indices"].zero_(), "packed.length_indices gives"),
+    ],
+)
+def test_damaged_file_is_refused(packed_bert, tmp_path, change, message):
+    packed_bert.save_pretrained(tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_truncated_codes_are_refused(packed_bert, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: t.update({PREFIX + "packed.codes": t[PREFIX + "packed.codes"][:-1].clone()}))
+    with pytest.raises((ValueError, RuntimeError), match=r"packed\.codes|mismatch"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_config_without_tables_is_refused(packed_bert, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["tables"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no `tables`"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_config_that_contradicts_the_model_is_refused(packed_bert, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vocab_size"] = VOCABULARY + 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"513 x 32.*512 x 32"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+WITHOUT_THE_PLUGIN = """
+import sys, torch, transformers
+model, report = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1], output_loading_info=True)
+assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
+assert any("word_embeddings.weight" in key for key in report["missing_keys"])
+"""
+
+
+def test_without_importing_the_plugin_transformers_makes_random_embeddings(packed_bert, tmp_path):
+    """Not what we want but what transformers does; README and model card lead with the import for this reason."""
+    packed_bert.save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PLUGIN, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Unknown quantization type, got adacomp" in done.stderr
+    model = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert isinstance(model.get_input_embeddings(), AdaptiveCompressedEmbedding)
+
+
+def test_import_brings_nothing_that_only_training_needs():
+    code = "import sys, hf_adacomp; sys.exit('transformers.trainer_utils' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,40 @@
+import pytest
+import torch
+from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+
+from hf_adacomp.nn.dense import checked_scale, checked_table, dense_embedding
+
+
+def scaled(factor=3.0):
+    return BartScaledWordEmbedding(8, 4, 0, embed_scale=factor)
+
+
+def test_scale_is_the_factor_of_forward():
+    assert checked_scale(nn.Embedding(8, 4)) == 1
+    assert checked_scale(scaled()) == 3
+
+
+def test_scale_that_is_only_a_name_is_refused():
+    class Odd(BartScaledWordEmbedding):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    with pytest.raises(ValueError, match="cannot compress Odd"):
+        checked_scale(Odd(8, 4, 0, embed_scale=3.0))
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 1.0}])
+def test_options_that_would_be_lost_are_refused(options):
+    with pytest.raises(ValueError, match=r"sparse=.* max_norm="):
+        checked_table(nn.Embedding(8, 4, **options))
+
+
+@pytest.mark.parametrize("source", [nn.Embedding(8, 4, padding_idx=2), scaled()])
+def test_dense_embedding_computes_the_same(source):
+    again = dense_embedding(source.weight, source.padding_idx, checked_scale(source), type(source))
+    ids = torch.arange(8)
+    assert again.weight is source.weight
+    assert type(again) is type(source)
+    assert (again.num_embeddings, again.padding_idx) == (8, source.padding_idx)
+    assert torch.equal(again(ids), source(ids))

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from conftest import LENGTHS, VOCABULARY
+from test_quantizer import LargestTensor
+from torch import nn
+
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+from hf_adacomp.nn.head import CompressedHead, SharedEmbedding
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
+
+@pytest.fixture
+def table(counts) -> AdaptiveCompressedEmbedding:
+    config = AdaCompConfig(LENGTHS, target_ratio=20)
+    return AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32, padding_idx=0), config, counts)
+
+
+@pytest.fixture(params=[3, 20], ids=["few_positions", "many_positions"])
+def hidden(request) -> torch.Tensor:
+    return torch.randn(2, request.param, 32, requires_grad=True)
+
+
+@pytest.mark.parametrize("phase", ["select", "encode", "packed"])
+def test_logits_are_those_of_the_decoded_table(table, hidden, phase):
+    if phase == "encode":
+        table.step(0.9)
+    if phase == "packed":
+        table.pack()
+    table.eval()
+    bias = nn.Parameter(torch.randn(VOCABULARY))
+    expected = hidden @ table.to_embedding().weight.T
+    assert torch.allclose(CompressedHead(table)(hidden), expected, atol=1e-5)
+    assert torch.allclose(CompressedHead(table, bias)(hidden), expected + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize(("blocks", "kept_bits"), [(1, 1 << 26), (1000, 1 << 26), (1000, 0)])
+def test_gradients_are_those_of_the_dense_product(table, hidden, blocks, kept_bits, monkeypatch):
+    monkeypatch.setattr("hf_adacomp.nn.head.KEPT_BITS", kept_bits)
+    monkeypatch.setattr("hf_adacomp.nn.head.BITS_PER_BLOCK", VOCABULARY * LENGTHS[-1] // blocks)
+    table.step(0.9)
+    table.train()
+    outputs = (CompressedHead(table)(hidden), hidden @ table(torch.arange(VOCABULARY)).T)
+    weights = torch.randn_like(outputs[0])
+    parameters = [hidden, *(p for p in table.codebooks.parameters() if p.requires_grad)]
+    ours, dense = (
+        torch.autograd.grad((logits * weights).sum(), parameters, allow_unused=True, materialize_grads=True)
+        for logits in outputs
+    )
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours, dense, strict=True))
+
+
+def test_mixture_is_that_of_the_embedding(table, hidden):
+    """With the same Gumbel noise, the logits are products with the mixed vectors."""
+    table.train()
+    expected = hidden @ table(torch.arange(VOCABULARY)).T
+    assert torch.allclose(CompressedHead(table)(hidden), expected, atol=1e-5)
+    table.step(0.01)  # other noise
+    assert not torch.allclose(CompressedHead(table)(hidden), expected, atol=1e-2)
+
+
+def test_no_dense_table_is_ever_made(table, monkeypatch):
+    table.pack()
+    monkeypatch.setattr("hf_adacomp.nn.head.BITS_PER_BLOCK", 64 * LENGTHS[-1])
+    for positions, width in ((1, None), (64, 32)):  # logits of many positions are larger than a table
+        with torch.no_grad(), LargestTensor(width) as seen:
+            CompressedHead(table)(torch.randn(positions, 32))
+        assert 0 < seen.most < VOCABULARY * 32 / 4
+
+
+def test_places_do_not_own_the_table(table):
+    shared, head = SharedEmbedding(table), CompressedHead(table, nn.Parameter(torch.zeros(VOCABULARY)))
+    assert [*shared.state_dict()] == []
+    assert [*head.state_dict()] == ["bias"]
+    assert (shared.num_embeddings, shared.embedding_dim, shared.padding_idx) == (VOCABULARY, 32, 0)
+    assert (head.in_features, head.out_features) == (32, VOCABULARY)
+    ids = torch.tensor([3, 1])
+    table.eval()
+    assert torch.equal(shared(ids), table(ids))
