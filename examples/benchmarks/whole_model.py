@@ -1,6 +1,6 @@
 """The whole model small: a packed token table with torchao's integer weights in all linear layers.
 
-python examples/whole_model.py --model_name_or_path compressed_model/compressed \
+python examples/benchmarks/whole_model.py --model_name_or_path compressed_model/compressed \
     --dense_model_name_or_path compressed_model/dense --train_file train.tsv --test_file test.tsv \
     --column_names label text
 

@@ -1,10 +1,10 @@
 """Fine-tune a text classifier, compress its embedding table on the same task, reload it and compare the two.
 
-python examples/text_classification.py                        # offline: MiniLM, docstrings of libraries
-python examples/text_classification.py --train_file train.tsv --test_file test.tsv --column_names label text
-python examples/text_classification.py --train_file snli.tsv --column_names premise hypothesis label \
+python examples/benchmarks/classification.py                        # offline: MiniLM, docstrings of libraries
+python examples/benchmarks/classification.py --train_file train.tsv --test_file test.tsv --column_names label text
+python examples/benchmarks/classification.py --train_file snli.tsv --column_names premise hypothesis label \
     --text_column_names premise hypothesis
-python examples/text_classification.py --model_name_or_path bert-base-uncased --dataset_name ag_news --one_run
+python examples/benchmarks/classification.py --model_name_or_path bert-base-uncased --dataset_name ag_news --one_run
 """
 
 from dataclasses import dataclass, field

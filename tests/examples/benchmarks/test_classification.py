@@ -1,14 +1,9 @@
-"""The first example: its default corpus, and the whole script on a toy model and a toy task."""
+"""The comparing script of text classifiers on a toy model and a toy task, and its reader of labelled texts."""
 
 import json
 from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def corpus(example):
-    return example("docstring_corpus").build_corpus()
 
 
 @pytest.fixture
@@ -22,39 +17,8 @@ def arguments(toy_arguments, tmp_path: Path) -> list[str]:
     )
 
 
-def test_corpus_has_the_promised_size(corpus):
-    assert len({*corpus["train"]["label"]}) >= 6
-    assert sum(part.num_rows for part in corpus.values()) >= 4000
-    for split in ("validation", "test"):
-        assert {*corpus[split]["label"]} == {*corpus["train"]["label"]}
-
-
-def test_corpus_splits_share_no_file_and_no_text(corpus):
-    for column in ("module", "text"):
-        values = {split: {*part[column]} for split, part in corpus.items()}
-        assert values["train"].isdisjoint(values["validation"] | values["test"])
-        assert values["validation"].isdisjoint(values["test"])
-
-
-def test_corpus_texts_do_not_name_their_library(corpus):
-    for part in corpus.values():
-        for row in part:
-            assert row["label"] not in row["text"].lower().split(), row
-
-
-def test_corpus_is_deterministic(example, corpus):
-    docstring_corpus = example("docstring_corpus")
-    library = docstring_corpus.LIBRARIES[-1]
-    rows = docstring_corpus.read_library(library, 50)
-    assert rows == docstring_corpus.read_library(library, 50)
-    again = docstring_corpus.build_corpus()
-    assert {split: part.to_dict() for split, part in again.items()} == {
-        split: part.to_dict() for split, part in corpus.items()
-    }
-
-
 def test_dense_then_compressed(example, arguments, tmp_path, capsys):
-    figures = example("text_classification").main(arguments)
+    figures = example("classification").main(arguments)
     assert figures == json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert figures["labels"] == ["HIGH", "LOW"]
     assert figures["texts"] == {"train": 360, "validation": 40, "test": 100}
@@ -70,26 +34,26 @@ def test_dense_then_compressed(example, arguments, tmp_path, capsys):
 
 
 def test_one_run_without_dense(example, arguments):
-    figures = example("text_classification").main([*arguments, "--one_run", "--skip_dense"])
+    figures = example("classification").main([*arguments, "--one_run", "--skip_dense"])
     assert "dense" not in figures
     assert figures["size"]["ratio"] >= 8
 
 
 def test_help_prints(example, capsys):
     with pytest.raises(SystemExit, match="0"):
-        example("text_classification").main(["--help"])
+        example("classification").main(["--help"])
     assert "--compression_learning_rate" in capsys.readouterr().out
 
 
 def test_skip_dense_alone_is_refused(example, arguments):
     with pytest.raises(ValueError, match="--skip_dense needs --one_run"):
-        example("text_classification").main([*arguments, "--skip_dense"])
+        example("classification").main([*arguments, "--skip_dense"])
 
 
 def test_labels_unknown_to_the_training_data_are_named(example, arguments, tmp_path):
     (tmp_path / "test.tsv").write_text("OTHER:fine\tword1 word2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="OTHER"):
-        example("text_classification").main(arguments)
+        example("classification").main(arguments)
 
 
 def test_missing_default_model_tells_what_to_install(example, monkeypatch):
