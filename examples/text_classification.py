@@ -4,7 +4,7 @@ python examples/text_classification.py    # offline: MiniLM on the docstrings of
 python examples/text_classification.py --train_file train.csv --test_file test.csv --model_name_or_path roberta-base
 
 Files are csv, tsv, json or jsonl with the columns `text` and `label`. All of the Trainer's own options are there, too:
-`--num_train_epochs`, `--learning_rate`, `--bf16`, `--use_cpu`, `--push_to_hub`, ... (see `--help`).
+`--num_train_epochs 3`, `--learning_rate 2e-5`, `--bf16`, `--use_cpu`, `--push_to_hub --hub_model_id user/name`, ...
 """
 
 import copy

@@ -21,6 +21,7 @@ def embedding():
 def test_peers_fit_the_size_and_the_table(example, embedding, method, ratio, monkeypatch):
     methods, peers = example("methods"), example("peers")
     monkeypatch.setattr(peers.Compositional, "STEPS", 300)
+    monkeypatch.setattr(methods, "LEAST_SAMPLE", 1 << 12)
     counts = torch.arange(TOKENS)
     peer = methods.peer(method, embedding, ratio, counts)
     dense = 4 * TOKENS * DIM
