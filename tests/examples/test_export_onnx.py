@@ -38,7 +38,7 @@ def test_any_layout_agrees(example, bert, counts, lengths, codebook_dtype, tmp_p
 
 def test_real_encoder_stays_small(example, minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(example("export_onnx"), "SHAPES", ((1, 16), (3, 9)))
-    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "dense")
     pack(compress(model, AdaCompConfig(target_ratio=80))).save_pretrained(tmp_path / "packed")
     given = {
@@ -52,7 +52,7 @@ def test_real_encoder_stays_small(example, minilm, tmp_path, monkeypatch):
     assert figures == json.loads((tmp_path / "figures.json").read_text())
     assert figures["largest_difference"] < 1e-4
     assert figures["onnx_bytes"] < 1.01 * figures["safetensors_bytes"]
-    assert figures["onnx_bytes"] < 0.52 * figures["dense_onnx_bytes"]
+    assert figures["onnx_bytes"] < 0.3 * figures["dense_onnx_bytes"]
     stored = initializers(tmp_path / "model.onnx")
     codes = model.get_input_embeddings().packed.codes
     (found,) = (tensor for name, tensor in stored.items() if name.endswith("packed.codes"))
