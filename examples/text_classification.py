@@ -83,8 +83,7 @@ def print_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = HfArgumentParser((ExampleArguments, TrainingArguments))
     parser.set_defaults(output_dir="compressed_model", num_train_epochs=2, logging_steps=50, save_strategy="no")
-    parser.set_defaults(per_device_train_batch_size=32, per_device_eval_batch_size=64)
-    parser.set_defaults(train_sampling_strategy="group_by_length")  # little padding
+    parser.set_defaults(per_device_train_batch_size=32, train_sampling_strategy="group_by_length")  # little padding
     args, training_args = parser.parse_args_into_dataclasses(arguments)
     started = time.perf_counter()
     set_seed(training_args.seed)
@@ -110,6 +109,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     shared = {"train_dataset": data["train"], "eval_dataset": data["test"]}
     shared |= {"processing_class": tokenizer, "compute_metrics": accuracy}
+
     # An ordinary fine-tuning.
     model = AutoModelForSequenceClassification.from_pretrained(source, id2label=dict(enumerate(map(str, labels))))
     Trainer(model, stage("dense", training_args.num_train_epochs), **shared).train()
