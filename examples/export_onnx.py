@@ -9,6 +9,7 @@ measures both in ONNX Runtime, in turn. Needs the extra `onnx`.
 """
 
 import copy
+import json
 import time
 import warnings
 from collections.abc import Callable
@@ -19,11 +20,10 @@ from statistics import median
 import onnxruntime
 import torch
 import transformers
-from comparison import parse, write_figures
 from onnx import TensorProto, helper
 from onnxscript import opset18 as op
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
 
 import hf_adacomp  # noqa: F401  # makes packed models loadable
 
@@ -142,7 +142,7 @@ def time_ratio(ours: onnxruntime.InferenceSession, dense: onnxruntime.InferenceS
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    (args,) = parse((ExportArguments,), arguments)
+    (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses(arguments)
     torch.manual_seed(0)
     file = Path(args.onnx_file)
     model = load(args.model_name_or_path)
@@ -164,7 +164,8 @@ def main(arguments: list[str] | None = None) -> dict:
             figures[f"time over dense, {shape[0]} x {shape[1]}"] = time_ratio(ours, dense, inputs, args.repeats)
     for name, value in figures.items():
         print(f"{name:<28}{value:>14,d}" if isinstance(value, int) else f"{name:<28}{value:>14.3g}")
-    write_figures(figures, args.json_out)
+    if args.json_out is not None:
+        Path(args.json_out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if figures["largest_difference"] > TOLERANCE:
         raise ValueError(f"{file} differs from PyTorch by {figures['largest_difference']:.2g}: do not use it")
     return figures

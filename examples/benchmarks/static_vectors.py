@@ -2,7 +2,7 @@
 
 The paper's own setting. Words without a vector are dropped.
 
-python examples/static_vectors.py --vectors_file word2vec.npz \\
+python examples/benchmarks/static_vectors.py --vectors_file word2vec.npz \\
     --train_file train.tsv --test_file test.tsv --column_names label text
 """
 

@@ -1,8 +1,9 @@
 """Which tokens got long codes, and why: code lengths of a text classifier against counts and what the task needs.
 
-python examples/significance.py --train_file train.tsv --test_file test.tsv --column_names label text --target_ratio 80
+python examples/benchmarks/significance.py --train_file train.tsv --test_file test.tsv \
+    --column_names label text --target_ratio 80
 
-Trains dense, compresses and trains on as `text_classification.py` does, then writes `significance.png` and
+Trains dense, compresses and trains on as `classification.py` does, then writes `significance.png` and
 `significance.json`: a histogram of lengths, lengths against counts with the tokens' information about the label as
 colour, the tokens whose length their count does not explain, and rank correlations with that information at equal
 count: of the code lengths, of how sure the dense model is of the texts a token stands in, and of the damage to its
@@ -17,12 +18,12 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
+from classification import ModelArguments, text_classification
 from comparison import CompressionArguments, ShortTrainingArguments, Task, compare, parse
 from damage import shortest_codes, sureness_and_damage
 from labelled_texts import DataTrainingArguments
 from scipy.stats import rankdata
 from scipy.stats import t as student
-from text_classification import ModelArguments, text_classification
 from torch.utils.data import DataLoader
 
 mpl.use("Agg")

@@ -1,6 +1,6 @@
 """Fine-tune a tagger, compress its embedding table on the same task, reload it and compare the two.
 
-python examples/token_classification.py --train_file train.conllu.gz --validation_file dev.conllu.gz \\
+python examples/benchmarks/token_classification.py --train_file train.conllu.gz --validation_file dev.conllu.gz \\
     --test_file test.conllu.gz
 """
 

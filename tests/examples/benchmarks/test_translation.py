@@ -32,7 +32,7 @@ def options(tmp_path):
         "target_ratio": 8,
         "learning_rate": 3e-3,
         "per_device_train_batch_size": 32,
-        "num_train_epochs": 25,
+        "num_train_epochs": 15,
         "heads": "compress",
         "generation_num_beams": 2,
         "use_cpu": True,

@@ -1,7 +1,7 @@
 """How well compressed tables keep the similarity of words: Spearman correlation with human judgements.
 
-python examples/word_similarity.py --wordsim_dir wordsim                              # MiniLM's token table
-python examples/word_similarity.py --wordsim_dir wordsim --vectors_file word2vec.npz  # static word vectors
+python examples/benchmarks/word_similarity.py --wordsim_dir wordsim                              # MiniLM's token table
+python examples/benchmarks/word_similarity.py --wordsim_dir wordsim --vectors_file word2vec.npz  # static word vectors
 
 A word's vector is the mean of its tokens' rows. Nothing is trained: the table is compressed as it stands, with the
 token counts of `--text_file` if one is given.

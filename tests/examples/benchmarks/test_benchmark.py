@@ -21,6 +21,7 @@ def embedding():
 def test_peers_fit_the_size_and_the_table(example, embedding, method, ratio, monkeypatch):
     methods, peers = example("methods"), example("peers")
     monkeypatch.setattr(peers.Compositional, "STEPS", 300)
+    monkeypatch.setattr(methods, "LEAST_SAMPLE", 1 << 12)
     counts = torch.arange(TOKENS)
     peer = methods.peer(method, embedding, ratio, counts)
     dense = 4 * TOKENS * DIM
@@ -104,7 +105,7 @@ def test_whole_benchmark_on_a_toy_task(example, toy_model, write_tsv, tmp_path, 
     description |= {"train_file": "train.tsv", "test_file": "test.tsv", "column_names": ["label", "text"]}
     description |= {"label_prefix_separator": ":"}
     (tmp_path / "tasks.json").write_text(json.dumps({"toy": description}), encoding="utf-8")
-    monkeypatch.setattr(tasks, "ModelArguments", lambda: example("text_classification").ModelArguments(str(toy_model)))
+    monkeypatch.setattr(tasks, "ModelArguments", lambda: example("classification").ModelArguments(str(toy_model)))
     given = ["--data_dir", str(tmp_path), "--tasks_file", str(tmp_path / "tasks.json"), "--ratios", "8", "--seeds", "0"]
     given += ["--output_dir", str(tmp_path / "results"), "--model_dir", str(tmp_path / "models")]
     methods = ["dense", "int8", "uniform", "svd", "learned", "count", "fixed"]

@@ -2,16 +2,19 @@
 
 raw = load_splits(DataTrainingArguments(train_file="train.tsv", column_names=["label", "text"]), seed=42)
 splits, label_names = tokenize(raw, tokenizer, data_args)
-python text_classification.py --train_file train.tsv --test_file test.tsv --column_names label text
+python examples/benchmarks/classification.py --train_file train.tsv --test_file test.tsv --column_names label text
 """
 
 import csv
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from docstring_corpus import build_corpus
 from transformers import PreTrainedTokenizerBase
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # examples/ is no package
+from docstring_corpus import build_corpus  # found through the line above
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A small Marian model that translates: BLEU with its one dense table, and with smaller ones.
 
-    python examples/translation.py --train_source_file train.en.gz --train_target_file train.de.gz \
+    python examples/benchmarks/translation.py --train_source_file train.en.gz --train_target_file train.de.gz \
         --validation_source_file val.en.gz --validation_target_file val.de.gz \
         --test_source_file test_2016_flickr.en.gz --test_target_file test_2016_flickr.de.gz
 

@@ -1,6 +1,6 @@
 """A small GPT-2 whose output head is tied to its token table: perplexity of the dense model and of smaller tables.
 
-    python examples/language_modeling.py --train_file wap.train.txt.gz --validation_file wap.valid.txt.gz \
+    python examples/benchmarks/language_modeling.py --train_file wap.train.txt.gz --validation_file wap.valid.txt.gz \
         --test_file wap.test.txt.gz
 
 Trains a tokenizer and a dense model on plain text (one paragraph or line a row, gzip or not), then compares what

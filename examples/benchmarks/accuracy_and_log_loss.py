@@ -1,6 +1,6 @@
 """Accuracy and log-loss of predicted probabilities, as a script for `evaluate` that needs no network.
 
-    metric = evaluate.load("examples/accuracy_and_log_loss.py")
+    metric = evaluate.load("examples/benchmarks/accuracy_and_log_loss.py")
     metric.compute(predictions=[[0.9, 0.1], [0.4, 0.6]], references=[0, 0])
     {'accuracy': 0.5, 'log_loss': 0.51...}
 
