@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
 
 import hf_adacomp
@@ -52,6 +53,26 @@ def same_state(model: torch.nn.Module, expected: torch.nn.Module) -> bool:
     """Whether two models hold the same tensors, bit for bit."""
     found, wanted = model.state_dict(), expected.state_dict()
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of a float tensor that any operation made outside of the meta device.
+
+    With `width`, only of tensors whose last dimension is that.
+    """
+
+    def __init__(self, width=None):
+        super().__init__()
+        self.width, self.most = width, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.is_floating_point():
+                if self.width is not None and tensor.shape[-1:] != (self.width,):
+                    continue
+                self.most = max(self.most, tensor.numel())
+        return result
 
 
 @pytest.fixture(autouse=True, scope="session")

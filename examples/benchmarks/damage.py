@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_adacomp import AdaCompConfig, compress
-from hf_adacomp.significance import task_metrics
+from hf_adacomp.integration.metric import task_metrics
 
 DRAWS = 3
 """Tokens of each text whose vectors are replaced, one at a time."""
@@ -27,7 +27,7 @@ def shortest_codes(
     embedding = compress(model, config, counts).get_input_embeddings()
 
     def decoded() -> Tensor:
-        return embedding.book(0).reconstruct(embedding.source_table(), embedding.coder.metric)
+        return embedding.books[0].reconstruct(embedding.training_state.source, embedding.training_state.metric)
 
     euclidean = decoded()
     embedding.warm_start(metric=task_metrics(model, [embedding], batches)[embedding])

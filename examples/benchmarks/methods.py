@@ -13,7 +13,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import PreTrainedModel
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress
-from hf_adacomp.token_counts import expected_counts, token_weights
+from hf_adacomp.fitting.token_counts import expected_counts, token_weights
 
 SLACK = 1.03
 """A peer may take 3 % more bytes than asked for: its sizes come in steps."""

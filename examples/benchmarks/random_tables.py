@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, packing
-from hf_adacomp.packed_codes import PackedCodes
-from hf_adacomp.quantizer import AdaCompHfQuantizer, attach
-from hf_adacomp.surgery import put, token_tables
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+from hf_adacomp.codes import bits as bit_format
+from hf_adacomp.codes.packed import PackedCodes
+from hf_adacomp.integration.layout import empty_table
+from hf_adacomp.integration.quantizer import AdaCompHfQuantizer, attach
+from hf_adacomp.integration.surgery import put
+from hf_adacomp.integration.tables import dense_tables
 
 LENGTHS, SHARES = (16, 64, 256), (0.4, 0.5, 0.1)
 """Code lengths and the shares of tokens that have them: 64 bits a token on average."""
@@ -30,14 +33,14 @@ def random_table(tokens: int, dim: int) -> AdaptiveCompressedEmbedding:
         "scale": 1.0,
         "tokens_per_length": sizes,
     }
-    table = AdaptiveCompressedEmbedding.from_layout(layout, CONFIG, torch.float32).to_empty(device="cpu")
+    table = empty_table(layout, CONFIG, torch.float32).to_empty(device="cpu")
     with torch.no_grad():
-        for book in table.books():
-            book.weight.copy_(packing.pack_nibbles(torch.randint(-7, 8, (book.length, dim), dtype=torch.int8)))
+        for book in table.books:
+            book.weight.copy_(bit_format.pack_nibbles(torch.randint(-7, 8, (book.length, dim), dtype=torch.int8)))
             book.scale.fill_((book.length * dim) ** -0.5 / 4)
             book.bias.normal_()
     assignment = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.uint8), torch.tensor(sizes)).flip(0)
-    octets = sum(packing.group_bytes(sizes, LENGTHS))
+    octets = sum(bit_format.group_bytes(sizes, LENGTHS))
     table.packed = PackedCodes.of(assignment, LENGTHS, torch.randint(0, 256, (octets,), dtype=torch.uint8))
     return table.eval()
 
@@ -45,7 +48,7 @@ def random_table(tokens: int, dim: int) -> AdaptiveCompressedEmbedding:
 def with_random_table(dense: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model whose table, and tied head, is a packed one."""
     model = copy.deepcopy(dense)
-    (table,) = token_tables(model)
+    (table,) = dense_tables(model)
     put(model, table, random_table(*table.owner.weight.shape), "compress")
     attach(model, AdaCompHfQuantizer(CONFIG, pre_quantized=False))
     return model.eval()

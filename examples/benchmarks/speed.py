@@ -56,7 +56,7 @@ from transformers import (
 )
 
 from hf_adacomp import AdaCompConfig, compress
-from hf_adacomp.places import CompressedHead
+from hf_adacomp.nn.head import CompressedHead
 
 CONFIG = AdaCompConfig(target_ratio=80)
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

@@ -19,7 +19,7 @@ from comparison import write_figures
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, size_report
-from hf_adacomp.codebook import quantize_rows
+from hf_adacomp.codes.rounding import quantize_rows
 
 HEADS = ("compress", "dense")
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adacomp import packing
+from hf_adacomp.codes import bits as packing
 from hf_adacomp.codes.packed import PackedCodes
 
 
@@ -22,13 +22,14 @@ def tables(draw):
 def packed(lengths, assignment, bits) -> PackedCodes:
     groups = [[token for token in range(len(bits)) if assignment[token] == k] for k in range(len(lengths))]
     module = PackedCodes(len(bits), lengths, [len(group) for group in groups])
-    module.lengths.copy_(packing.pack_assignment(assignment, len(lengths)))
+    module.length_indices.copy_(packing.pack_assignment(assignment, len(lengths)))
     blocks = [
         packing.pack_bits(torch.stack([bits[token] for token in group[i : i + 16]]))
         for group in groups
         for i in range(0, len(group), 16)
     ]
     module.codes.copy_(torch.cat(blocks))
+    module.index()
     return module
 
 
@@ -58,7 +59,7 @@ def test_every_bit_is_counted(table):
     index_bits = 0
     while 2**index_bits < len(lengths):
         index_bits += 1
-    assert module.lengths.nbytes == -(-len(bits) * index_bits // 8)
+    assert module.length_indices.nbytes == -(-len(bits) * index_bits // 8)
 
 
 def test_bits_fill_bytes_from_the_least_significant():
@@ -90,14 +91,17 @@ def small() -> PackedCodes:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda m: m.lengths.__setitem__(0, 0b11_00_01_00), r"t.lengths gives \[2, 1, 1, 1\] tokens|t.lengths gives"),
-        (lambda m: m.lengths.__setitem__(1, 0b100), "padding bits after the last of 10 bits are set"),
+        (
+            lambda m: m.length_indices.__setitem__(0, 0b11_00_01_00),
+            "t.length_indices gives",
+        ),
+        (lambda m: m.length_indices.__setitem__(1, 0b100), "padding bits after the last of 10 bits are set"),
         (lambda m: m.codes.__setitem__(0, 0b1100_0000), "t.codes, group 0: padding bits"),
         (lambda m: setattr(m, "codes", m.codes[:-1]), r"t.codes must be uint8 of shape \(5,\).*\(4,\)"),
         (lambda m: setattr(m, "codes", m.codes.float()), r"t.codes must be uint8"),
         (
-            lambda m: setattr(m, "lengths", torch.zeros(9, dtype=torch.uint8)),
-            r"t.lengths must be uint8 of shape \(2,\)",
+            lambda m: setattr(m, "length_indices", torch.zeros(9, dtype=torch.uint8)),
+            r"t.length_indices must be uint8 of shape \(2,\)",
         ),
     ],
 )
@@ -118,7 +122,7 @@ def test_layout_must_share_out_all_tokens(tokens_per_length):
 def test_loading_other_codes_forgets_the_old_places():
     module, other = small(), small()
     module.locate(torch.arange(5))
-    other.lengths.copy_(packing.pack_assignment(torch.tensor([1, 0, 0, 2, 1]), 3))
+    other.length_indices.copy_(packing.pack_assignment(torch.tensor([1, 0, 0, 2, 1]), 3))
     module.load_state_dict(other.state_dict())
     assert module.locate(torch.arange(5))[0].tolist() == [1, 0, 0, 2, 1]
     assert module.locate(torch.arange(5))[1].tolist() == [0, 0, 1, 0, 1]

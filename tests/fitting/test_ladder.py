@@ -78,4 +78,4 @@ def test_embedding_carries_the_chosen_lengths_and_the_config_stays_auto():
     assert embedding.config.code_lengths == embedding.config.ladder
     assert set(embedding.code_lengths().tolist()) <= set(embedding.config.ladder)
     with pytest.raises(ValueError, match="auto"):
-        _ = config.lengths
+        _ = config.ladder

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hf_adacomp.fitting.token_counts import BATCH_SIZE, count_tokens, expected_counts, token_weights
+from hf_adacomp.fitting.token_counts import expected_counts, token_weights
+from hf_adacomp.integration.training_data import BATCH_SIZE, count_tokens
 
 ROWS = [[1, 2, 3], [2, 2, 4], [5]] * 50
 

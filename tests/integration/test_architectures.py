@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, compress, decompress, pack, size_report
+from hf_adacomp.integration.tables import compressed_embeddings, compressed_heads
 from hf_adacomp.nn.head import CompressedHead
-from hf_adacomp.integration.surgery import compressed_embeddings, compressed_heads
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 MODELS = {**TIED, **UNTIED}
@@ -103,7 +103,8 @@ def test_trains_in_every_phase(name, counts):
 
 
 def used(embedding, k) -> bool:
-    return (embedding.training and embedding.phase == "select") or bool((embedding.code_lengths() == embedding.config.ladder[k]).sum() > VOCABULARY / 2)
+    mixes = embedding.training and embedding.phase == "select"
+    return mixes or bool((embedding.code_lengths() == embedding.config.ladder[k]).sum() > VOCABULARY / 2)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -127,7 +127,7 @@ def test_trainer_pushes_and_the_card_keeps_its_text(hub, run):
 
 def test_example_pushes(hub, run, toy_arguments, tmp_path):
     words = toy_arguments(hub_model_id="user/example")
-    run(str(EXAMPLES / "text_classification.py"), *words, "--push_to_hub")
+    run(str(EXAMPLES / "benchmarks" / "classification.py"), *words, "--push_to_hub")
     card = hub.card("user/example")
     (result,) = card.data.eval_results
     assert (result.metric_type, result.dataset_split) == ("accuracy", "test")

@@ -7,8 +7,8 @@ from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress
-from hf_adacomp.nn.head import CompressedHead
 from hf_adacomp.integration.metric import task_metrics
+from hf_adacomp.nn.head import CompressedHead
 
 DIM = 32
 
@@ -72,7 +72,7 @@ def test_heads_read_in_the_direction_of_the_hidden_states(embedding):
             hidden = torch.zeros(*input_ids.shape, DIM)
             hidden[..., 1] = 1
             logits = self.head(hidden)
-            assert torch.equal(logits[0, 0], embedding.source_table()[:, 1])
+            assert torch.equal(logits[0, 0], embedding.training_state.source[:, 1])
             return {"logits": logits + 0 * self.embedding(input_ids).sum()}
 
     metric = measured(Scorer(embedding), embedding, loader())

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LENGTHS, VOCABULARY, close, same_state, tiny_bert_config
+from conftest import LENGTHS, VOCABULARY, LargestTensor, close, same_state, tiny_bert_config
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
@@ -116,26 +115,6 @@ def test_loads_without_a_task_head_and_with_another(packed_bert, ids, tmp_path):
     AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "bare")
     back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
     assert close(back.bert(ids).last_hidden_state, expected)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements of a float tensor that any operation made outside of the meta device.
-
-    With `width`, only of tensors whose last dimension is that.
-    """
-
-    def __init__(self, width=None):
-        super().__init__()
-        self.width, self.most = width, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.is_floating_point():
-                if self.width is not None and tensor.shape[-1:] != (self.width,):
-                    continue
-                self.most = max(self.most, tensor.numel())
-        return result
 
 
 def test_loading_and_running_never_makes_a_dense_table(packed_bert, tmp_path, monkeypatch):

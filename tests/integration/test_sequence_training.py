@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
 from hf_adacomp.integration.callback import _id_names
-from hf_adacomp.integration.surgery import compressed_embeddings
+from hf_adacomp.integration.tables import compressed_embeddings
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 

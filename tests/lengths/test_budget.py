@@ -6,21 +6,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adacomp.lengths.budget import assign_lengths, code_bits
+from hf_adacomp.lengths.budget import assign_lengths, code_budget
 
 
-def test_code_bits_counts_everything_stored():
+def test_code_budget_counts_everything_stored():
     # 1000 x 16 floats = 64,000 bytes; a tenth is 6,400; 900 of code-books, 250 of lengths, 3 of padding.
-    assert code_bits(1000, 16, (4, 8, 16), codebook_bytes=900, target_ratio=10) == 8 * (6400 - 900 - 250 - 3)
+    assert code_budget(1000, 16, (4, 8, 16), codebook_bytes=900, target_ratio=10) == 8 * (6400 - 900 - 250 - 3)
 
 
 def test_impossible_ratio_names_the_largest_that_fits():
     with pytest.raises(ValueError, match=r"target_ratio=60 .*largest ratio that fits is ([\d.]+)") as error:
-        code_bits(1000, 16, (4, 8, 16), codebook_bytes=900, target_ratio=60)
+        code_budget(1000, 16, (4, 8, 16), codebook_bytes=900, target_ratio=60)
     largest = float(re.search(r"that fits is ([\d.]+)", str(error.value))[1])
-    assert code_bits(1000, 16, (4, 8, 16), 900, largest) >= 4000
+    assert code_budget(1000, 16, (4, 8, 16), 900, largest) >= 4000
     with pytest.raises(ValueError, match="cannot be met"):
-        code_bits(1000, 16, (4, 8, 16), 900, largest + 0.05)
+        code_budget(1000, 16, (4, 8, 16), 900, largest + 0.05)
 
 
 @st.composite

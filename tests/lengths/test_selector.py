@@ -97,7 +97,7 @@ def test_a_size_that_does_not_bind_keeps_costs_comparable_to_noise():
 
 def test_starts_without_preference_at_the_longest_codes_price():
     module = LengthSelector(6, LENGTHS, 400.0, dtype=torch.float64)
-    assert (module.gain, module.code_lengths) == (400.0, LENGTHS)
+    assert (module.gain, module.ladder) == (400.0, LENGTHS)
     assert {name: tensor.dtype for name, tensor in module.state_dict().items()} == dict.fromkeys(
         ("offset", "cost", "price"), torch.float64
     )

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from conftest import LENGTHS, VOCABULARY
-from test_quantizer import LargestTensor
+from conftest import LENGTHS, VOCABULARY, LargestTensor
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
