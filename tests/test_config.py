@@ -30,6 +30,7 @@ from hf_adacomp.integration.quantizer import register
         ({"codebook_dtype": "int3"}, r"got 'int3'"),
         ({"head": "none"}, r"got 'none'"),
         ({"seed": 0.5}, r"got 0.5"),
+        ({"format_version": 1}, r"format_version=1 .* before its first release.* compress the dense model again"),
         ({"format_version": 99}, r"format_version=99 .* upgrade hf_adacomp"),
         ({"quant_method": "gptq"}, r"got 'gptq'"),
         ({"tables": [1]}, r"got \[1\]"),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..codes.packed import PackedCodes
 from ..config import LARGEST, AdaCompConfig
@@ -61,14 +62,16 @@ def empty_table(
 
 
 def tensor_checksums(embedding: AdaptiveCompressedEmbedding) -> dict[str, int]:
-    """CRC-32 of the tensors that packing fixed for good, by name: codes, length indices, integer code vectors.
-
-    They find damage, not forgery: whoever changes a file can change these, too.
-    """
+    """Checksums of the tensors that packing fixed for good, by name: codes, length indices, integer code vectors."""
     if embedding.packed is None:
         return {}
     fixed = {name: tensor for name, tensor in embedding.state_dict().items() if not tensor.is_floating_point()}
-    return {name: zlib.crc32(tensor.detach().cpu().contiguous().numpy().data) for name, tensor in fixed.items()}
+    return {name: tensor_checksum(tensor) for name, tensor in fixed.items()}
+
+
+def tensor_checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor. It finds damage, not forgery: whoever changes a file can change this, too."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().numpy().data)
 
 
 def sealed(layout: Mapping[str, Any], config: AdaCompConfig) -> dict[str, Any]:

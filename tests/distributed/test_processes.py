@@ -55,7 +55,7 @@ def test_processes_agree(two):
 def test_result_is_that_of_one_process_with_the_rows_of_both(two, tmp_path):
     _, (first, _) = two
     (alone,) = tensors(tmp_path, 1)
-    lengths = next(name for name in first if name.endswith("packed.lengths"))
+    lengths = next(name for name in first if name.endswith("packed.length_indices"))
     assert torch.equal(first[lengths], alone[lengths])
     for name, tensor in first.items():
         if tensor.is_floating_point():

@@ -277,12 +277,12 @@ def test_every_bit_of_codes_and_lengths_is_guarded(honest, name):
 def test_an_index_beyond_the_number_of_books_is_named_even_with_a_matching_checksum(honest):
     model = honest["int4"]
     config, tensors = copy.deepcopy(model.config), load(model.weights)
-    lengths = tensors[f"{NAME}.packed.lengths"]
+    lengths = tensors[f"{NAME}.packed.length_indices"]
     lengths[5] = 0b11  # of three books
     quantization = config["quantization_config"]
-    quantization["tables"][NAME]["tensor_checksums"]["packed.lengths"] = tensor_checksum(lengths)
+    quantization["tables"][NAME]["tensor_checksums"]["packed.length_indices"] = tensor_checksum(lengths)
     seal(quantization)
-    assert f"{NAME}.packed.lengths gives" in outcome(model, save(tensors, {"format": "pt"}), config)
+    assert f"{NAME}.packed.length_indices gives" in outcome(model, save(tensors, {"format": "pt"}), config)
 
 
 def test_a_table_that_the_config_forgets_is_missed(tmp_path):
