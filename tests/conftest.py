@@ -31,7 +31,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 def child_environment() -> dict[str, str]:
     """Environment of a process that imports the suite's own modules."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests / "integration"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path}
 
 

@@ -11,7 +11,8 @@ import torch
 from conftest import child_environment
 from safetensors.torch import load_file
 
-from hf_adacomp import compress, packing
+from hf_adacomp import compress
+from hf_adacomp.codes.bits import BYTE_BITS
 
 SCRIPT = Path(__file__).with_name("train.py")
 ROWS = 8
@@ -61,7 +62,7 @@ def test_result_is_that_of_one_process_with_the_rows_of_both(two, tmp_path):
         if tensor.is_floating_point():
             assert torch.allclose(tensor, alone[name], atol=1e-4), name
     codes = next(name for name in first if name.endswith("packed.codes"))
-    tipped = (packing.BYTE_BITS[first[codes].int()] != packing.BYTE_BITS[alone[codes].int()]).float().mean()
+    tipped = (BYTE_BITS[first[codes].int()] != BYTE_BITS[alone[codes].int()]).float().mean()
     assert tipped < 0.02  # sums in another order decide a few ties otherwise
 
 
