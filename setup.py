@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_adacomp", "hf_adacomp.*"]),
-    package_data={"hf_adacomp": ["py.typed", "model_card.md"]},
+    package_data={"hf_adacomp": ["py.typed"], "hf_adacomp.reports": ["model_card.md"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.13", "transformers>=5.0", "accelerate>=1.8", "safetensors", "huggingface_hub", "tqdm"],
     extras_require={"demo": DEMO, "plots": PLOTS, "onnx": ONNX, "benchmark": BENCHMARK, "test": TEST, "dev": DEV},
