@@ -28,7 +28,6 @@ Rooms, each built on those before it:
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -64,20 +63,20 @@ __all__ = [
     "token_table",
 ]
 
-_LATER = {
-    "AdaCompCallback": ".integration.callback",
-    "model_card": ".reports.card",
-    "push_model_card": ".reports.push",
-    "save_model_card": ".reports.card",
-    "token_table": ".reports.tokens",
-}
-"""Names whose modules bring along what loading a model does not need: the Trainer, PEFT, the Hub's cards."""
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Their modules bring along what loading a model does not need: the Trainer, PEFT, the Hub's cards.
+    if name == "AdaCompCallback":
+        from .integration import callback as module  # noqa: PLC0415
+    elif name in ("model_card", "save_model_card"):
+        from .reports import card as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of four modules
+    elif name == "push_model_card":
+        from .reports import push as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of four modules
+    elif name == "token_table":
+        from .reports import tokens as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of four modules
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module, name)
 
 
 def _write_card(model: Any, folder: str | os.PathLike[str], repo_id: str | None = None) -> None:

@@ -88,7 +88,16 @@ def test_outputs_that_react_to_nothing_leave_all_directions_alike(embedding):
     assert torch.equal(measured(Constant(embedding), embedding, loader()), torch.eye(DIM))
 
 
-@pytest.mark.parametrize("factor", [float("nan"), 1e30])
+def test_gradients_whose_squares_exceed_float32_are_measured(embedding):
+    class Steep(OneDirection):
+        def forward(self, input_ids):
+            return {"logits": 1e30 * self.embedding(input_ids)[..., :1].sum(1)}
+
+    metric = measured(Steep(embedding), embedding, loader())
+    assert float(metric[0, 0]) == pytest.approx((DIM + 1) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_broken_gradients_are_refused(embedding, factor):
     class Broken(OneDirection):
         def forward(self, input_ids):
