@@ -56,9 +56,9 @@ def test_our_methods_differ_only_where_they_say(example, embedding):
     our_config = example("methods").our_config
     learned, count = (our_config(method, embedding, 8, 3) for method in ("learned", "count"))
     assert learned.to_dict() | {"select_fraction": 0.0, "significance": False} == count.to_dict()
-    assert len(our_config("fixed", embedding, 8, 3).lengths) == 1
+    assert len(our_config("fixed", embedding, 8, 3).ladder) == 1
     changed = our_config("learned:tied=false;code_lengths=[4, 8]", embedding, 8, 3)
-    assert (changed.tied, changed.lengths, changed.seed) == (False, (4, 8), 3)
+    assert (changed.tied, changed.ladder, changed.seed) == (False, (4, 8), 3)
 
 
 def test_cells_survive_and_runs_go_on(example, tmp_path):
