@@ -22,7 +22,7 @@ def train(folder: Path, rows: int, mode: str | None) -> None:
     # Processes would draw different dropout masks.
     config = tiny_bert_config(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     settings = AdaCompConfig(LENGTHS, target_ratio=32, select_fraction=0.5)
-    model = compress(BertForSequenceClassification(config), settings)
+    model = compress(BertForSequenceClassification(config).double(), settings)  # sums in another order tip no bits
     arguments = TrainingArguments(
         str(folder),
         max_steps=12,
