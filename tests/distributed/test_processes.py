@@ -63,7 +63,7 @@ def test_result_is_that_of_one_process_with_the_rows_of_both(two, tmp_path):
             assert torch.allclose(tensor, alone[name], atol=1e-4), name
     codes = next(name for name in first if name.endswith("packed.codes"))
     tipped = (BYTE_BITS[first[codes].int()] != BYTE_BITS[alone[codes].int()]).float().mean()
-    assert tipped < 0.03  # sums in another order decide a few ties otherwise
+    assert tipped < 0.02  # sums in another order decide a few ties otherwise
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(two, tmp_path):
