@@ -12,7 +12,6 @@ from conftest import child_environment
 from safetensors.torch import load_file
 
 from hf_adacomp import compress
-from hf_adacomp.codes.bits import BYTE_BITS
 
 SCRIPT = Path(__file__).with_name("train.py")
 ROWS = 8
@@ -56,14 +55,8 @@ def test_processes_agree(two):
 def test_result_is_that_of_one_process_with_the_rows_of_both(two, tmp_path):
     _, (first, _) = two
     (alone,) = tensors(tmp_path, 1)
-    lengths = next(name for name in first if name.endswith("packed.length_indices"))
-    assert torch.equal(first[lengths], alone[lengths])
     for name, tensor in first.items():
-        if tensor.is_floating_point():
-            assert torch.allclose(tensor, alone[name], atol=1e-4), name
-    codes = next(name for name in first if name.endswith("packed.codes"))
-    tipped = (BYTE_BITS[first[codes].int()] != BYTE_BITS[alone[codes].int()]).float().mean()
-    assert tipped < 0.02  # sums in another order decide a few ties otherwise
+        assert torch.allclose(tensor.double(), alone[name].double(), atol=1e-9), name
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(two, tmp_path):

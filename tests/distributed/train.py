@@ -22,7 +22,9 @@ def train(folder: Path, rows: int, mode: str | None) -> None:
     # Processes would draw different dropout masks.
     config = tiny_bert_config(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     settings = AdaCompConfig(LENGTHS, target_ratio=32, select_fraction=0.5)
-    model = compress(BertForSequenceClassification(config).double(), settings)  # sums in another order tip no bits
+    # In float64, as sums in another order would tip bits, and what is tipped once spreads.
+    model = compress(BertForSequenceClassification(config).double(), settings)
+    model.accepts_loss_kwargs = False  # BERT's loss is a mean; Trainer would take it for a sum, and multiply by processes
     arguments = TrainingArguments(
         str(folder),
         max_steps=12,
