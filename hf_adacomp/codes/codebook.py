@@ -24,9 +24,9 @@ class StoredBook(NamedTuple):
     bias: Tensor
 
     def decode(self, bits: Tensor, out: Tensor | None = None) -> Tensor:
-        """`C^T b + c` of each code, (N, L) -> (N, d), also into `out`. Under autocast as without it."""
+        """`C^T b + c` of each code, 0/1 (N, L) -> (N, d), also into `out`. Under autocast as without it."""
         with torch.autocast(bits.device.type, enabled=False):
-            return torch.addmm(self.bias, bits, self.vectors, out=out)
+            return torch.addmm(self.bias, bits.to(self.vectors.dtype), self.vectors, out=out)
 
 
 class Encoder(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,28 @@ from ..codes.bits import pack_bits
 from ..codes.codebook import BinaryCodebook, Encoder, StoredBook
 from ..codes.packed import PackedCodes
 from .training_state import TrainingState
+
+T = TypeVar("T")
+
+
+class OnDemand(Sequence[T]):
+    """Things that cost to make, each made when it is first asked for: most batches meet few of many code lengths.
+
+    Args:
+        make: The i-th thing.
+        size: How many there are.
+    """
+
+    def __init__(self, make: Callable[[int], T], size: int) -> None:
+        self._make, self._made = make, cast(list[T | None], [None] * size)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, i: Any) -> Any:
+        if self._made[i] is None:
+            self._made[i] = self._make(i)
+        return self._made[i]
 
 
 class LearnedCodes:
@@ -27,9 +50,9 @@ class LearnedCodes:
     def __init__(self, state: TrainingState, codebooks: Sequence[BinaryCodebook], stored: Sequence[StoredBook]) -> None:
         self.state = state
         self.blocks = [book.block for book in codebooks]
-        self.encoders: list[Encoder] = [
-            book.encoder(as_stored, state.metric) for book, as_stored in zip(codebooks, stored, strict=True)
-        ]
+        self.encoders: Sequence[Encoder] = OnDemand(
+            lambda k: codebooks[k].encoder(stored[k], state.metric), len(codebooks)
+        )
 
     def assignment(self) -> Tensor:
         """Length index of every token, uint8 (V,)."""
@@ -83,34 +106,41 @@ class Decoder:
                 f"{self.num_tokens} rows"
             )
         tokens, place = distinct(ids, self.num_tokens)
-        return F.embedding(place, self._scaled(self.vectors(tokens)))
+        if self.shares is None:  # what is gathered next needs no order of its own
+            order, vectors = self._by_length(tokens)
+            tokens, place = tokens[order], inverse(order)[place]
+        else:
+            vectors = self._mixture(self.shares(tokens), tokens)
+        return F.embedding(place, self._scaled(self._zeroed(tokens, vectors)))
 
     def vectors(self, tokens: Tensor) -> Tensor:
         """Vectors of distinct tokens, (N,) -> (N, d)."""
         if self.shares is None:
-            return self._zeroed(tokens, self._of_one_length_each(tokens))
-        decoded = torch.stack([book.decode(self.codes.bits(k, tokens)) for k, book in enumerate(self.books)], dim=1)
-        return self._zeroed(tokens, (self.shares(tokens)[:, :, None] * decoded).sum(dim=1))
+            order, vectors = self._by_length(tokens)
+            vectors = vectors.index_select(0, inverse(order))
+        else:
+            vectors = self._mixture(self.shares(tokens), tokens)
+        return self._zeroed(tokens, vectors)
 
-    def _of_one_length_each(self, tokens: Tensor) -> Tensor:
+    def _mixture(self, shares: Tensor, tokens: Tensor) -> Tensor:
+        decoded = torch.stack([book.decode(self.codes.bits(k, tokens)) for k, book in enumerate(self.books)], dim=1)
+        return (shares[:, :, None] * decoded).sum(dim=1)
+
+    def _by_length(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The order of tokens by code length, (N,) int64, and their vectors in that order, (N, d)."""
         lengths, places = self.codes.locate(tokens)
         order = lengths.argsort(stable=True)
         sizes = lengths.bincount(minlength=len(self.books)).tolist()
-        bias = self.books[0].bias
-        groups = [
-            (book, self.codes.bits(k, own).to(bias.dtype))
-            for k, (book, own) in enumerate(zip(self.books, places[order].split(sizes), strict=True))
-            if len(own)
-        ]
-        vectors = bias.new_empty(len(tokens), len(bias))
-        if torch.is_grad_enabled():
-            vectors = torch.cat([vectors[:0], *(book.decode(bits) for book, bits in groups)])
-        else:  # in place, as a table of many rows is as slow to copy as to decode
-            start = 0
-            for book, bits in groups:
-                book.decode(bits, out=vectors[start : start + len(bits)])
-                start += len(bits)
-        return vectors.index_select(0, inverse(order))
+        groups = [(k, own) for k, own in enumerate(places[order].split(sizes)) if len(own)]
+        if torch.is_grad_enabled() or not groups:
+            decoded = [self.books[k].decode(self.codes.bits(k, own)) for k, own in groups or [(0, places)]]
+            return order, torch.cat(decoded)
+        bias = self.books[groups[0][0]].bias
+        vectors, start = bias.new_empty(len(tokens), len(bias)), 0
+        for k, own in groups:  # in place, as a table of many rows is as slow to copy as to decode
+            self.books[k].decode(self.codes.bits(k, own), out=vectors[start : start + len(own)])
+            start += len(own)
+        return order, vectors
 
     def _zeroed(self, tokens: Tensor, vectors: Tensor) -> Tensor:
         return vectors if self.zero_token is None else vectors.masked_fill(tokens.eq(self.zero_token)[:, None], 0)
@@ -138,8 +168,7 @@ class StaticDecoder(Decoder):
         for k, book in enumerate(self.books):
             if self.codes.tokens_per_length[k]:
                 own = lengths == k
-                bits = self.codes.bits(k, places.where(own, 0)).to(bias.dtype)
-                vectors = book.decode(bits).where(own[:, None], vectors)
+                vectors = book.decode(self.codes.bits(k, places.where(own, 0))).where(own[:, None], vectors)
         return self._zeroed(tokens, vectors)
 
 

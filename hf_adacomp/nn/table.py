@@ -13,7 +13,7 @@ from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
 from ..fitting.warm_start import fit_codebooks
 from ..lengths.budget import code_budget
-from .decoding import Decoder, LearnedCodes, StaticDecoder
+from .decoding import Decoder, LearnedCodes, OnDemand, StaticDecoder
 from .training_state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -111,12 +111,13 @@ class CodedTable(nn.Module):
         static = torch.compiler.is_compiling()
         if not static:
             self.ensure_warm()
-        stored = [book.stored() for book in self.books]
+        books = self.books
+        stored = OnDemand(lambda k: books[k].stored(), len(books))
         state, zero = self.training_state, self.padding_idx if self.zero_padding else None
         if static or state is None:
             kind = StaticDecoder if static else Decoder
             return kind(stored, self.require_packed(), self.num_embeddings, zero, self.scale)
-        codes = LearnedCodes(state, self.books, stored)
+        codes = LearnedCodes(state, books, stored)
         shares = state.shares if self.training and state.phase == "select" and not hard else None
         return Decoder(stored, codes, self.num_embeddings, zero, self.scale, shares)
 

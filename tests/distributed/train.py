@@ -24,7 +24,8 @@ def train(folder: Path, rows: int, mode: str | None) -> None:
     settings = AdaCompConfig(LENGTHS, target_ratio=32, select_fraction=0.5)
     # In float64, as sums in another order would tip bits, and what is tipped once spreads.
     model = compress(BertForSequenceClassification(config).double(), settings)
-    model.accepts_loss_kwargs = False  # BERT's loss is a mean; Trainer would take it for a sum, and multiply by processes
+    # BERT's loss is a mean; Trainer would take it for a sum, and multiply it by the number of processes.
+    model.accepts_loss_kwargs = False
     arguments = TrainingArguments(
         str(folder),
         max_steps=12,
