@@ -28,6 +28,14 @@ CODEBOOK_DTYPES = (*INTEGER_BITS, *FLOAT_DTYPES)
 class AdaCompConfig(QuantizationConfigMixin):
     """Settings of adaptive compression (Kim, Kim, Lee: *Adaptive Compression of Word Embeddings*, ACL 2020).
 
+    >>> from hf_adacomp import AdaCompConfig
+    >>> AdaCompConfig(target_ratio=80, codebook_dtype="int8").code_lengths
+    'auto'
+    >>> AdaCompConfig(code_lengths=(8, 4))
+    Traceback (most recent call last):
+    ...
+    ValueError: code_lengths must increase; got (8, 4): write (4, 8)
+
     Args:
         code_lengths: Bits of each code-book, strictly increasing; every token ends up with one of these lengths. Or
             `"auto"`: the ladder that promises the least distortion for the table, its counts and `target_ratio`.

@@ -35,6 +35,18 @@ class AdaCompCallback(TrainerCallback):
 
     Everything that training depends on lives in the checkpoint: a resumed run repeats the uninterrupted one. When the
     Trainer is made, checkpoints that a killed training left half-written are named.
+
+    >>> import tempfile
+    >>> from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
+    >>> from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+    >>> settings = BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = compress(BertForSequenceClassification(settings), AdaCompConfig(target_ratio=20))
+    >>> rows = [{"input_ids": [i % 1000, 7, 9], "labels": i % 2} for i in range(32)]
+    >>> arguments = TrainingArguments(tempfile.mkdtemp(), max_steps=4, report_to=[], disable_tqdm=True, use_cpu=True)
+    >>> result = Trainer(model, arguments, train_dataset=rows, callbacks=[AdaCompCallback()]).train()  # doctest: +ELLIPSIS
+    {...}
+    >>> model.get_input_embeddings().phase
+    'packed'
     """
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -29,6 +29,15 @@ def compress(
     A table that encoder, decoder and output head share is compressed once for all of them; what becomes of a tied
     head is `config.head`.
 
+    >>> import torch
+    >>> from hf_adacomp import AdaCompConfig, compress, pack
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> counts = 1000 // torch.arange(1, 1001)
+    >>> model = compress(model, AdaCompConfig(target_ratio=20), counts)
+    >>> model.get_input_embeddings().phase
+    'select'
+
     Args:
         model: Any `PreTrainedModel` whose token table is an `nn.Embedding` or one of transformers' scaled embeddings.
         config: The settings.
@@ -54,6 +63,14 @@ def pack(model: Model) -> Model:
     """Store the bits of every token and drop what only training needs, in place; returns `model`.
 
     Lengths that are still being learned are frozen as they are; without any training, that is the warm start.
+
+    >>> import torch
+    >>> from hf_adacomp import AdaCompConfig, compress, pack
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> model = compress(model, AdaCompConfig(target_ratio=20), 1000 // torch.arange(1, 1001))
+    >>> pack(model).get_input_embeddings().phase
+    'packed'
     """
     for embedding in require_compressed(model).values():
         embedding.pack()
@@ -65,6 +82,15 @@ def decompress(model: Model) -> Model:
 
     Places that shared the table are tied again. If the head kept weights of its own (`head="dense"`), it keeps them;
     nothing is tied then, and `config.tie_word_embeddings` is False.
+
+    >>> import torch
+    >>> from hf_adacomp import AdaCompConfig, compress, decompress, pack
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> pack(compress(model, AdaCompConfig(target_ratio=20), 1000 // torch.arange(1, 1001)))  # doctest: +ELLIPSIS
+    BertModel(...)
+    >>> decompress(model).get_input_embeddings()
+    Embedding(1000, 64, padding_idx=0)
     """
     found = require_compressed(model)
     unpacked = [name for name, embedding in found.items() if embedding.phase != "packed"]

@@ -60,7 +60,16 @@ class SizeReport:
 
 
 def size_report(model: nn.Module) -> SizeReport:
-    """Stored size of the compressed tables of `model`, as if packed now."""
+    """Stored size of the compressed tables of `model`, as if packed now.
+
+    >>> import torch
+    >>> from hf_adacomp import AdaCompConfig, compress, size_report
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> model = compress(model, AdaCompConfig(target_ratio=20), 1000 // torch.arange(1, 1001))
+    >>> size_report(model).ratio >= 20
+    True
+    """
     parts = []
     for embedding in require_compressed(model).values():
         lengths = embedding.code_lengths()

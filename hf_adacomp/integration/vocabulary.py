@@ -22,6 +22,14 @@ def add_tokens(model: Model, num_tokens: int) -> Model:
     Each gets a code of the longest length whose vector is close to the mean vector, no two alike. Like all packed
     tokens they learn in further training what code-book scales and biases can express.
 
+    >>> import torch
+    >>> from hf_adacomp import AdaCompConfig, add_tokens, compress, pack
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> model = pack(compress(model, AdaCompConfig(target_ratio=20), 1000 // torch.arange(1, 1001)))
+    >>> add_tokens(model, 5).get_input_embeddings().num_embeddings
+    1005
+
     Raises:
         ValueError: For a negative number, for a model with several tables, or for one that is not packed yet: call
             `model.resize_token_embeddings` before `compress`, or `pack` first.

@@ -20,7 +20,18 @@ class TokenRow(NamedTuple):
 
 
 def token_table(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
-    """One row a token of the (first) compressed table, in id order."""
+    """One row a token of the (first) compressed table, in id order.
+
+    >>> import torch
+    >>> from hf_adacomp import AdaCompConfig, compress, token_table
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    >>> words = models.WordLevel({f"word{i}": i for i in range(1000)}, unk_token="word0")
+    >>> model = BertModel(BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> model = compress(model, AdaCompConfig((8, 64), target_ratio=20), 1000 // torch.arange(1, 1001))
+    >>> token_table(model, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)))[1]
+    TokenRow(token='word1', id=1, count=500, bits=64)
+    """
     embedding = next(iter(require_compressed(model).values()))
     bits = embedding.code_lengths().tolist()
     counts = [None] * len(bits) if embedding.phase == "packed" else embedding.token_counts().tolist()
