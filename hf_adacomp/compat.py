@@ -6,7 +6,7 @@ named test. The rest of the package reads no attribute with a leading underscore
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -142,6 +142,33 @@ def distributed_kind() -> str:
 
 
 # torch
+
+
+class KeptDtype(nn.Module):
+    """A module whose floats keep their dtype when a model is cast: `model.to(torch.bfloat16)` moves it, no more.
+
+    Every cast and move goes through `_apply`; there is no public way to take part.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptDtype:
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # torch's
+        return self
+
+
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+
+
+def spare_broadcasts(model: nn.Module, names: Iterable[str]) -> None:
+    """Have `DistributedDataParallel` leave these buffers of `model` alone, which it sends around at each forward pass.
+
+    The public switch, `broadcast_buffers`, is for all buffers of a model or none.
+    """
+    known = getattr(model, IGNORED_BY_DDP, [])
+    setattr(model, IGNORED_BY_DDP, [*known, *(name for name in names if name not in known)])
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:

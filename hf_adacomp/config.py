@@ -44,8 +44,12 @@ class AdaCompConfig(QuantizationConfigMixin):
         temperature_start: Gumbel-softmax temperature at the first step.
         temperature_end: Gumbel-softmax temperature when the lengths are frozen.
         anneal: Path between the two: `"exponential"`, `"linear"` or `"cosine"`.
-        select_fraction: Share of training that learns the lengths; the rest trains the codes of frozen lengths. 0
-            keeps the lengths of the warm start.
+        observe_fraction: Share of training, its beginning, in which the table computes with its source vectors while
+            its use is observed: which tokens count, unless `token_counts` were given, and which directions of the
+            vectors the loss reacts to. Then the code-books are fitted. At least one step, unless both are known; 0 with
+            `token_counts` starts from those alone.
+        select_fraction: Share of training after which the lengths are frozen; the rest trains the codes of frozen
+            lengths. Up to `observe_fraction` it keeps the lengths of the warm start.
         tied: Whether the encoder's weights follow the code vectors (`F_k = s_k C_k`) or are learned apart.
         orthogonality_weight: Weight of `|C_k C_k^T / scale - I|^2 / L_k`, averaged over the code-books.
         reconstruction_weight: Weight of the relative squared error of the decoded against the source vectors.
@@ -53,8 +57,8 @@ class AdaCompConfig(QuantizationConfigMixin):
             `"bfloat16"` or `"float32"`. Training sees the rounded values, so storing them costs nothing further.
         selection_gain: Factor between the selector's parameters and its logits: an optimizer step of `lr` moves a
             logit by about `selection_gain * lr`, which lets one learning rate serve the model and the selector.
-        significance: Whether training starts with a look at the directions of the token vectors that the model's
-            outputs react to, on a sample of the training data; if not, or without a Trainer, all count alike.
+        significance: Whether errors of vectors are measured by how the loss reacts to their direction, as observed in
+            training; if not, or without training, all directions count alike.
         head: For models whose output head is tied to the table: `"compress"` computes logits from the same codes,
             `"dense"` leaves the head its own copy of the table, which is saved and counted.
         seed: Seed of the warm start and of the tokens that the regularisers sample.
@@ -72,6 +76,7 @@ class AdaCompConfig(QuantizationConfigMixin):
         temperature_start: float = 1.0,
         temperature_end: float = 0.3,
         anneal: str = "exponential",
+        observe_fraction: float = 0.05,
         select_fraction: float = 0.25,
         tied: bool = True,
         orthogonality_weight: float = 0.01,
@@ -98,6 +103,7 @@ class AdaCompConfig(QuantizationConfigMixin):
                 f"temperature_start={temperature_start} and temperature_end={temperature_end}"
             )
         self.anneal = _choice("anneal", anneal, ANNEALS)
+        self.observe_fraction = _number("observe_fraction", observe_fraction, least=0, most=1)
         self.select_fraction = _number("select_fraction", select_fraction, least=0, most=1)
         self.tied = _boolean("tied", tied)
         self.orthogonality_weight = _number("orthogonality_weight", orthogonality_weight, least=0)
@@ -123,6 +129,11 @@ class AdaCompConfig(QuantizationConfigMixin):
         ):
             raise ValueError(f"tables must map module names to table layouts; got {tables!r}")
         self.tables: dict[str, dict[str, Any]] = {name: dict(layout) for name, layout in (tables or {}).items()}
+
+    @property
+    def measured(self) -> bool:
+        """Whether training measures which directions of the vectors matter."""
+        return self.significance and self.observe_fraction > 0
 
     @property
     def ladder(self) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ def device(request) -> torch.device:
 
 @pytest.fixture
 def config() -> AdaCompConfig:
-    return AdaCompConfig(code_lengths=LENGTHS, target_ratio=32, select_fraction=0.5)
+    return AdaCompConfig(code_lengths=LENGTHS, target_ratio=32, observe_fraction=0, select_fraction=0.5)
 
 
 @pytest.fixture

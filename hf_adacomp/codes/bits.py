@@ -24,6 +24,7 @@ number of earlier tokens of that length, `block_ranks` for its block of tokens p
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,11 @@ BLOCK = 32
 
 BYTE_BITS = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.float32)
 """The bits of every byte, (256, 8): looking them up is four times as fast as shifting them out."""
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor. It finds damage, not forgery: whoever changes a file can change this, too."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def packed_bytes(bits: int) -> int:

@@ -69,6 +69,8 @@ class BinaryCodebook(nn.Module):
         storage: How code vectors are stored, as `AdaCompConfig.codebook_dtype`.
     """
 
+    encoder_scale: Tensor
+
     def __init__(
         self,
         length: int,
@@ -88,7 +90,7 @@ class BinaryCodebook(nn.Module):
         self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5 / self.rate)
         self.bias = nn.Parameter(torch.zeros(dim, **options))
         self.encoder_bias = nn.Parameter(torch.zeros(length, **options))
-        self.encoder_scale = nn.Parameter(torch.ones(1, **options), requires_grad=False)
+        self.register_buffer("encoder_scale", torch.ones(1, **options))
         if not tied:
             self.encoder_weight = nn.Parameter(torch.randn(length, dim, **options) / dim**0.5)
         self.register_state_dict_post_hook(_store_as_decoded)  # type: ignore[no-untyped-call]  # torch's
@@ -154,15 +156,11 @@ class BinaryCodebook(nn.Module):
         self.weight.data, self.rate = self.rate * self.weight.data, 1.0
         if self.integer_bits:
             integers, scale = quantize_rows(self.weight.detach(), self.integer_bits)
+            trains = self.weight.requires_grad
             del self.weight
             self.register_buffer("weight", integers if self.integer_bits == 8 else pack_nibbles(integers))
-            self.scale = nn.Parameter(scale)
+            self.scale = nn.Parameter(scale, trains)
         self.packed = True
-
-    def restore_constants(self) -> None:
-        """Mark the constants as such again after transformers loaded them as trainable parameters."""
-        if not self.packed:
-            self.encoder_scale.requires_grad_(False)
 
     def stored_bytes(self) -> int:
         """Bytes of the packed code-book in a file."""

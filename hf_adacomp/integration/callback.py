@@ -6,20 +6,22 @@ import logging
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .checkpoint import unfinished_checkpoints
-from .metric import task_metrics
 from .sizes import size_report
 from .tables import compressed_embeddings, require_compressed
-from .training_data import count_tokens, input_name
 
 logger = logging.getLogger(__name__)
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """Ways to share out a training that divide the parameters themselves."""
+
+LEARNING = ("observe", "select")
+"""Phases before the lengths are frozen."""
 
 BEGUN = "_adacomp_begun"
 """Mark on the state of a training, of which the Trainer makes a new one each time: a callback has begun it."""
@@ -28,9 +30,8 @@ BEGUN = "_adacomp_begun"
 class AdaCompCallback(TrainerCallback):
     """Drives the compressed embeddings of the model that a `Trainer` trains.
 
-    At the start it measures what the model's outputs react to (`AdaCompConfig.significance`), counts the training data,
-    if counts were not given, and runs the warm start; before each optimizer step it forwards `global_step / max_steps`,
-    by which the embeddings anneal and then freeze; at the end it packs.
+    Before each optimizer step it forwards `global_step / max_steps`, by which the embeddings are observed, fitted,
+    annealed and then frozen; at the end it packs. It reads no data: what counts is seen where the tables are used.
     Logs gain `adacomp/temperature`, `adacomp/bits_per_token`, `adacomp/ratio` and `adacomp/phase`.
 
     Everything that training depends on lives in the checkpoint: a resumed run repeats the uninterrupted one. When the
@@ -43,7 +44,8 @@ class AdaCompCallback(TrainerCallback):
     >>> model = compress(BertForSequenceClassification(settings), AdaCompConfig(target_ratio=20))
     >>> rows = [{"input_ids": [i % 1000, 7, 9], "labels": i % 2} for i in range(32)]
     >>> arguments = TrainingArguments(tempfile.mkdtemp(), max_steps=4, report_to=[], disable_tqdm=True, use_cpu=True)
-    >>> result = Trainer(model, arguments, train_dataset=rows, callbacks=[AdaCompCallback()]).train()  # doctest: +ELLIPSIS
+    >>> trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[AdaCompCallback()])
+    >>> steps = trainer.train().global_step  # doctest: +ELLIPSIS
     {...}
     >>> model.get_input_embeddings().phase
     'packed'
@@ -64,36 +66,31 @@ class AdaCompCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _refuse_sharding()
-        model, loader, show_progress = kwargs["model"], kwargs["train_dataloader"], not args.disable_tqdm
-        embeddings = require_compressed(model).values()
+        model, tables = kwargs["model"], require_compressed(kwargs["model"])
         if hasattr(state, BEGUN):
             raise ValueError("AdaCompCallback is twice among the Trainer's callbacks: pass it once")
         setattr(state, BEGUN, True)
-        for embedding in embeddings:
-            embedding.abandoned = False
-        fresh = [
-            embedding
-            for embedding in embeddings
-            if embedding.training_state is not None and not embedding.training_state.driven
-        ]
-        measured = [embedding for embedding in fresh if embedding.config.significance]
-        metrics = task_metrics(model, measured, loader, show_progress)
-        for embedding in fresh:
-            counts, metric = None, metrics.get(embedding)
-            if not embedding.token_counts().any():  # an evaluation before training may have had to start without them
-                rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                counts = count_tokens(loader, embedding.num_embeddings, _id_names(model, embedding), rows)
-            if counts is not None or metric is not None or embedding.cold:
-                embedding.warm_start(counts, metric, show_progress)
+        learning = {name: table for name, table in tables.items() if table.training_state is not None}
+        if learning:
+            _refuse_sharding()
+            _refuse_adapters(model)
+        for name, table in learning.items():
+            _refuse_other_optimizer(name, table, kwargs.get("optimizer"))
+        for table in tables.values():
+            table.abandoned = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for embedding in compressed_embeddings(kwargs["model"]).values():
+        for name, embedding in compressed_embeddings(kwargs["model"]).items():
             before = embedding.phase
-            embedding.step(state.global_step / state.max_steps)
-            if before == "select" and embedding.phase == "encode":
+            embedding.step(min(1.0, state.global_step / state.max_steps), not args.disable_tqdm)
+            if before == "observe" != embedding.phase and not embedding.reached:
+                raise ValueError(
+                    f"the batches never reach {name}: no forward pass has looked up a token in it. Where they bring "
+                    "inputs_embeds, or vectors of their own, train without the callback, or give token ids"
+                )
+            if embedding.phase == "encode" != before:
                 # Scores so far belong to lengths that may have changed since: the best model is sought from here on.
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
@@ -107,22 +104,19 @@ class AdaCompCallback(TrainerCallback):
         embedding = next(iter(compressed_embeddings(kwargs["model"]).values()), None)
         if embedding is None:  # an evaluation of the dense model; training it would have been refused
             return
-        report = size_report(kwargs["model"])
-        values: dict[str, Any] = {
-            "adacomp/temperature": embedding.temperature,
-            "adacomp/bits_per_token": report.bits_per_token,
-            "adacomp/ratio": report.ratio,
-            "adacomp/phase": embedding.phase,
-        }
+        values: dict[str, Any] = {"adacomp/temperature": embedding.temperature, "adacomp/phase": embedding.phase}
+        if embedding.phase != "observe":  # nothing is compressed until then
+            report = size_report(kwargs["model"])
+            values |= {"adacomp/bits_per_token": report.bits_per_token, "adacomp/ratio": report.ratio}
         compat.add_to_log(state, kwargs["logs"], values)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for name, embedding in compressed_embeddings(kwargs["model"]).items():
-            if embedding.phase == "select" and state.global_step >= state.max_steps:
+            if embedding.phase in LEARNING and state.global_step >= state.max_steps:
                 embedding.freeze_lengths()
-            if embedding.phase == "select":
+            if embedding.phase in LEARNING:
                 embedding.abandoned = True
                 logger.warning(
                     "training stopped at step %d of %d, before the code lengths of %s were frozen: the model stays "
@@ -131,7 +125,8 @@ class AdaCompCallback(TrainerCallback):
                     state.max_steps,
                     name,
                 )
-            else:
+            elif embedding.phase == "encode":
+                embedding.check_ranks()
                 embedding.pack()
 
 
@@ -144,11 +139,24 @@ def _refuse_sharding() -> None:
         )
 
 
-def _id_names(model: nn.Module, embedding: AdaptiveCompressedEmbedding) -> list[str]:
-    """The batch's keys for ids of `embedding`: those of a decoder are the labels, shifted."""
-    names = {}
-    if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
-        for part, name in ((model.get_encoder(), input_name(model)), (model.get_decoder(), "labels")):
-            table = part.get_input_embeddings()
-            names[name] = getattr(table, "embedding", table)
-    return [name for name, table in names.items() if table is embedding] or [input_name(model)]
+def _refuse_adapters(model: nn.Module) -> None:
+    if any(hasattr(module, "peft_config") for module in model.modules()):
+        raise ValueError(
+            "the model has adapters of PEFT, which freeze the compressed table before it has learned anything and save "
+            "without it: train it without adapters, call hf_adacomp.pack(model), save it, then add adapters to that"
+        )
+
+
+def _refuse_other_optimizer(name: str, table: AdaptiveCompressedEmbedding, optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left_out = [
+        own for own, parameter in table.named_parameters() if parameter.requires_grad and id(parameter) not in known
+    ]
+    if left_out:
+        raise ValueError(
+            f"the optimizer does not hold {name}.{left_out[0]} ({len(left_out)} parameters of the table in all), which "
+            "would never learn: make the optimizer after compress(model), or freeze the table, "
+            "model.get_input_embeddings().requires_grad_(False)"
+        )

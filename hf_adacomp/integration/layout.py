@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import LARGEST, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
@@ -66,12 +66,7 @@ def tensor_checksums(embedding: AdaptiveCompressedEmbedding) -> dict[str, int]:
     if embedding.packed is None:
         return {}
     fixed = {name: tensor for name, tensor in embedding.state_dict().items() if not tensor.is_floating_point()}
-    return {name: tensor_checksum(tensor) for name, tensor in fixed.items()}
-
-
-def tensor_checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of a tensor. It finds damage, not forgery: whoever changes a file can change this, too."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().numpy().data)
+    return {name: checksum(tensor) for name, tensor in fixed.items()}
 
 
 def sealed(layout: Mapping[str, Any], config: AdaCompConfig) -> dict[str, Any]:

@@ -80,7 +80,6 @@ class AdaCompHfQuantizer(HfQuantizer):
             del embedding.__dict__["weight"]
             _refuse_damaged(name, embedding)
             _compare_checksums(name, embedding, self._checksums.pop(embedding))
-            embedding.restore_constants()
             embedding.loading = False
             embedding.train(embedding.training)
         give_methods(model)

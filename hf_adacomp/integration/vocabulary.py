@@ -126,7 +126,7 @@ def _mean_codes(embedding: AdaptiveCompressedEmbedding, num_tokens: int) -> Tens
     """Codes of the longest length near the mean vector, uint8 (num_tokens, L)."""
     book = embedding.books[-1]
     blocks = torch.arange(embedding.num_embeddings, device=book.bias.device).split(book.block)
-    decoder = embedding.decoder()
+    decoder = embedding.hard_decoder()
     mean = torch.stack([decoder.vectors(block).float().sum(dim=0) for block in blocks]).sum(dim=0)
     return nearest_codes(book, mean / embedding.num_embeddings, num_tokens, embedding.config.seed)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import KeptDtype
 from .budget import assign_lengths
 
 SHARPNESS = 4.0
@@ -29,14 +30,14 @@ class _Amplify(torch.autograd.Function):
         return grad[0], None
 
 
-def gumbel_noise(tokens: int, lengths: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Gumbel(0, 1) noise of all tokens, (tokens, lengths): a function of the arguments."""
+def gumbel_noise(tokens: int, lengths: int, seed: int, device: torch.device) -> Tensor:
+    """Gumbel(0, 1) noise of all tokens, float32 (tokens, lengths): a function of the arguments."""
     generator = torch.Generator(device).manual_seed(seed)
-    return -torch.empty(tokens, lengths, device=device, dtype=dtype).exponential_(generator=generator).log()
+    return -torch.empty(tokens, lengths, device=device).exponential_(generator=generator).log()
 
 
-class LengthSelector(nn.Module):
-    """Logits over n code lengths for each of V tokens.
+class LengthSelector(KeptDtype):
+    """Logits over n code lengths for each of V tokens, float32 whatever the model is.
 
         a_{w,k} = -cost_{w,k} - price * L_k + gain * offset_{w,k}
 
@@ -50,6 +51,7 @@ class LengthSelector(nn.Module):
         gain: Factor between the parameter and the logits.
     """
 
+    cost: Tensor
     price: Tensor
 
     def __init__(
@@ -59,14 +61,12 @@ class LengthSelector(nn.Module):
         gain: float,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.ladder, self.gain = ladder, gain
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32}
         self.offset = nn.Parameter(torch.zeros(num_tokens, len(ladder), **options))
-        # A parameter without gradient, because DDP broadcasts buffers on every forward pass.
-        self.cost = nn.Parameter(torch.zeros(num_tokens, len(ladder), **options), requires_grad=False)
+        self.register_buffer("cost", torch.zeros(num_tokens, len(ladder), **options))
         self.register_buffer("price", torch.full((), SHARPNESS / ladder[-1], **options))
 
     def scores(self, tokens: Tensor | slice = slice(None)) -> Tensor:

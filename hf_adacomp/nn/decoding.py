@@ -149,6 +149,33 @@ class Decoder:
         return vectors if self.scale == 1 else vectors * self.scale
 
 
+@dataclass
+class SourceVectors:
+    """The source table itself, to be asked as `Decoder` is while its use is observed.
+
+    Args:
+        state: Of the training; it has the source vectors and takes note of the gradients.
+        scale: Factor that `look_up` applies.
+    """
+
+    state: TrainingState
+    scale: float
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Scaled vectors of ids, int64 of any shape -> (..., d)."""
+        vectors = F.embedding(ids, self.state.source)
+        if torch.is_grad_enabled():
+            self.state.observation.watch_look_up(ids, vectors.requires_grad_(), self.state.config.measured)
+        return vectors if self.scale == 1 else vectors * self.scale
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states by a tied head, (..., d) -> (..., V)."""
+        logits = F.linear(hidden, self.state.source.to(hidden.dtype))
+        if logits.requires_grad and self.state.config.measured:
+            self.state.observation.watch_scores(hidden, logits)
+        return logits
+
+
 class StaticDecoder(Decoder):
     """For compiled and exported graphs, whose shapes must not depend on values: every id is looked up in all groups.
 
@@ -170,6 +197,22 @@ class StaticDecoder(Decoder):
                 own = lengths == k
                 vectors = book.decode(self.codes.bits(k, places.where(own, 0))).where(own[:, None], vectors)
         return self._zeroed(tokens, vectors)
+
+
+class TakePart(torch.autograd.Function):
+    """The vectors, in which parameters take part with zero gradients that have none otherwise.
+
+    `DistributedDataParallel` wants to see the same parameters in each backward pass, whatever phase or tokens are due.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return vectors.view_as(vectors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient[0], *(torch.zeros_like(parameter) for parameter in ctx.parameters)
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`AdaptiveCompressedEmbedding`: the drop-in for `nn.Embedding`, in three phases."""
+"""`AdaptiveCompressedEmbedding`: the drop-in for `nn.Embedding`, in four phases."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
 from ..fitting.ladder import with_ladder_for
+from .decoding import TakePart
 from .dense import checked_scale, checked_table, dense_embedding
+from .ranks import check_agreement, take_from_first
 from .regularization import add_gradients, finite_gradients, regularizer
 from .table import CodedTable
+from .training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +24,7 @@ logger = logging.getLogger(__name__)
 class AdaptiveCompressedEmbedding(CodedTable):
     """Embeddings as sums of code vectors chosen by binary codes, each token with a code length of its own.
 
+        observe  the source vectors: which tokens count, and which directions of their vectors, is observed
         select   lengths are learned: e_w = sum_k p_{w,k} xhat_{w,k}, p_w a Gumbel-softmax sample
         encode   lengths are frozen:  e_w = xhat_{w,k*}; codes and code-books go on learning
         packed   bits are stored; encoders, selector and source table are gone
@@ -61,6 +66,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         super().__init__(source, with_ladder_for(source, config), dense.padding_idx)
         self.dense_class: type[nn.Embedding] = nn.Embedding
         self.abandoned = False  # whether training ended before the lengths were frozen
+        self.reached = False  # whether a forward pass ever looked up a token
         self.diverged = False  # whether the task's last gradients were NaN or Inf
         self.loading = False  # whether weights are on their way in and have not been checked yet
         if _source is None:
@@ -107,31 +113,57 @@ class AdaptiveCompressedEmbedding(CodedTable):
         state = self.training_state
         return state.temperature if state is not None and state.phase == "select" else 0.0
 
-    def step(self, fraction: float) -> None:
-        """Tell the module how far training is, between `backward()` and `optimizer.step()`.
+    def step(self, fraction: float, show_progress: bool = True) -> None:
+        """Tell the module how far training is, between `backward()` and `optimizer.step()`; in all processes together.
 
-        Sets temperature and price, freezes the lengths at `config.select_fraction`, and adds the gradients of the
-        regularisers. Once packed it does nothing. Gradients that are NaN or Inf, as the loss was, are dropped with a
-        warning.
+        Collects what was observed, fits the code-books when that ends, sets temperature and price, freezes the lengths
+        at `config.select_fraction`, and adds the gradients of the regularisers. Once packed it does nothing. Gradients
+        that are NaN or Inf, as the loss was, are dropped with a warning. With a `GradScaler`, call `unscale_` first:
+        the regularisers' gradients have the size of unscaled ones.
 
         Args:
             fraction: Optimizer steps done over all steps, 0..1.
+            show_progress: Whether to draw a progress bar when code-books are fitted.
         """
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction is the share of training that is done, between 0 and 1; got {fraction!r}")
-        if self.training_state is None:
+        state = self.training_state
+        if state is None:
             return
-        self.ensure_warm()
+        if not state.driven:
+            take_from_first(self._tensors())
         self._leave_out_broken_gradients(fraction)
-        self.training_state.advance(fraction, self.budget())
-        decode = self.decoder(hard=True).vectors
-        loss = regularizer(self.config, self.books, self.training_state, decode)
-        add_gradients(loss, self.codebooks.parameters())
+        before = state.phase
+        if state.observing:
+            state.observation.collect(self.config.measured)
+            if fraction >= self.config.observe_fraction:
+                self._warn_of_what_is_missing(state)
+                self.end_observation(show_progress)
+                take_from_first(self._tensors())
+        state.advance(fraction, self.budget())
+        if before == "observe":
+            self.zero_grad()  # to None: an optimizer passes over what took part without a gradient
+        else:
+            if state.phase == "encode":
+                state.selector.zero_grad()
+            loss = regularizer(self.config, self.books, state, self.hard_decoder().vectors)
+            add_gradients(loss, self.codebooks.parameters())
+        if before != state.phase == "encode":
+            self.check_ranks()
+
+    def check_ranks(self) -> None:
+        """Raise ValueError if the processes of a training have come to different lengths or code-books."""
+        state = self.require_training("check_ranks")
+        tensors = {"lengths": state.assignment, **dict(self.codebooks.named_parameters(prefix="codebooks"))}
+        check_agreement({name: checksum(tensor) for name, tensor in tensors.items()}, state.assignment.device)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
 
     def _leave_out_broken_gradients(self, fraction: float) -> None:
         finite = finite_gradients(self.parameters())
         if not finite:
-            self.zero_grad()  # to None: an optimizer passes over what has no gradient
+            self.zero_grad()
             if not self.diverged:
                 logger.warning(
                     "the gradients of the loss are NaN or Inf after %.2f %% of training: they are left out for the "
@@ -140,9 +172,22 @@ class AdaptiveCompressedEmbedding(CodedTable):
                 )
         self.diverged = not finite
 
+    def _warn_of_what_is_missing(self, state: TrainingState) -> None:
+        missing = {
+            "how often each token occurs (give AdaCompConfig's compress token_counts=...)": bool(
+                state.observation.counting and not state.token_counts.any()
+            ),
+            "which directions matter (AdaCompConfig(significance=False) does without)": self.config.measured
+            and not state.observation.moments.any(),
+        }
+        for what, is_missing in missing.items():
+            if is_missing:
+                logger.warning("no gradient reached the table while it was observed, so that nothing tells %s", what)
+
     def freeze_lengths(self) -> None:
         """Freeze each token's most likely code length within the budget. Afterwards only codes are learned."""
         state = self.require_training("freeze_lengths")
+        self.end_observation()
         self.ensure_warm()
         state.freeze(self.budget())
 
@@ -152,7 +197,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if self.training_state is None:
             return
         self.freeze_lengths()
-        decoder = self.decoder()
+        decoder = self.hard_decoder()
         codes = torch.cat([decoder.codes.group(k) for k in range(len(self.books))])
         self.become_packed(PackedCodes.of(decoder.codes.assignment(), self.config.ladder, codes))
 
@@ -162,7 +207,11 @@ class AdaptiveCompressedEmbedding(CodedTable):
         """Vectors of the ids, int32 or int64 of any shape -> (..., d)."""
         if input.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
-        return self.decoder().look_up(input.to(torch.int64))
+        self.reached = True
+        vectors = self.decoder().look_up(input.to(torch.int64))
+        if self.training and torch.is_grad_enabled() and self.phase != "select" and not torch.compiler.is_compiling():
+            vectors = TakePart.apply(vectors, *(each for each in self.parameters() if each.requires_grad))  # type: ignore[no-untyped-call]
+        return vectors
 
     def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:
         """As in `nn.Module`; entering eval mode settles the hard lengths of the moment."""
@@ -177,7 +226,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def to_embedding(self) -> nn.Embedding:
         """A dense embedding of the class that this one replaced, with the decoded table."""
         was_training = self.training
-        decoder = self.eval().decoder()
+        decoder = self.eval().hard_decoder()
         blocks = torch.arange(self.num_embeddings, device=self.books[0].bias.device).split(self.books[0].block)
         weight = torch.cat([decoder.vectors(block) for block in blocks])
         self.train(was_training)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..codes.bits import BYTE_BITS, unpack_rows, whole_bytes
 from ..codes.codebook import StoredBook
+from .decoding import Decoder, SourceVectors
 from .embedding import AdaptiveCompressedEmbedding
 
 BITS_PER_BLOCK = 1 << 22
@@ -85,16 +86,17 @@ class CompressedHead(_Borrower):
         """Logits of hidden states, (..., d) -> (..., V)."""
         table = self.embedding
         learning = table.training and table.training_state is not None  # bits have gradients
-        if learning or hidden.shape[:-1].numel() >= self.in_features:
-            logits = self._many(hidden)
+        decoder = table.decoder()
+        if isinstance(decoder, SourceVectors):
+            logits = decoder.score(hidden)
+        elif learning or hidden.shape[:-1].numel() >= self.in_features:
+            logits = self._many(decoder, hidden)
         else:
             with torch.autocast(hidden.device.type, enabled=False):  # sums in half precision would lose bits
-                logits = self._few(hidden)
+                logits = self._few(decoder, hidden)
         return logits if self.bias is None else logits + self.bias
 
-    def _many(self, hidden: Tensor) -> Tensor:
-        decoder = self.embedding.decoder()
-
+    def _many(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         def product(tokens: Tensor) -> Tensor:
             return F.linear(hidden, decoder.vectors(tokens).to(hidden.dtype))
 
@@ -109,9 +111,8 @@ class CompressedHead(_Borrower):
             dim=-1,
         )
 
-    def _few(self, hidden: Tensor) -> Tensor:
+    def _few(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
-        decoder = self.embedding.decoder()
         codes, order = decoder.codes, decoder.codes.assignment().argsort(stable=True)
         by_length = [
             self._sums(book, codes.group(k), tokens, rows)

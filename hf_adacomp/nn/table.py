@@ -13,7 +13,7 @@ from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
 from ..fitting.warm_start import fit_codebooks
 from ..lengths.budget import code_budget
-from .decoding import Decoder, LearnedCodes, OnDemand, StaticDecoder
+from .decoding import Decoder, LearnedCodes, OnDemand, SourceVectors, StaticDecoder
 from .training_state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,18 @@ class CodedTable(nn.Module):
         """The code-books, one a code length, increasing."""
         return cast(list[BinaryCodebook], list(self.codebooks))
 
+    def book(self, k: int) -> BinaryCodebook:
+        """The code-book of the k-th code length."""
+        return self.books[k]
+
+    @property
+    def coder(self) -> TrainingState | None:
+        """`training_state`, as it was called first; scripts ask for it."""
+        return self.training_state
+
     @property
     def phase(self) -> str:
-        """`"select"`, `"encode"` or `"packed"`."""
+        """`"observe"`, `"select"`, `"encode"` or `"packed"`."""
         return "packed" if self.training_state is None else self.training_state.phase
 
     def budget(self) -> int:
@@ -88,6 +97,20 @@ class CodedTable(nn.Module):
         budget, seed = self.budget(), self.config.seed
         cost = fit_codebooks(self.books, state.source, state.token_counts, state.metric, budget, seed, show_progress)
         state.start(cost, budget)
+        if not state.observation.counting and (metric is not None or not self.config.measured):
+            state.end_observation()
+
+    def end_observation(self, show_progress: bool = True) -> None:
+        """Fit code-books and selection to what was observed so far; learn lengths from here on."""
+        state = self.require_training("end_observation")
+        if not state.observing:
+            return
+        counted = state.observation.counting and state.token_counts.any()
+        metric = state.observation.measured_metric() if self.config.measured else None
+        if counted or metric is not None:
+            self.warm_start(metric=metric, show_progress=show_progress)
+        self.ensure_warm()
+        state.end_observation()
 
     @property
     def cold(self) -> bool:
@@ -95,19 +118,31 @@ class CodedTable(nn.Module):
         return self.training_state is not None and not self.training_state.warm
 
     def ensure_warm(self) -> None:
-        """Fit the code-books without token counts if nobody did it with them."""
-        if self.cold:
+        """Fit the code-books if nobody did, with a warning if nothing was counted yet."""
+        if self.cold and not self.token_counts().any():
             logger.warning(
                 "AdaptiveCompressedEmbedding is used before its warm start: fitting without token counts. Pass "
-                "token_counts to compress(), or train with AdaCompCallback(), which counts the training data"
+                "token_counts to compress(), or train with AdaCompCallback(), which counts what the training uses"
             )
+        if self.cold:
             self.warm_start()
 
-    def decoder(self, hard: bool = False) -> Decoder:
+    def decoder(self) -> Decoder | SourceVectors:
         """From tokens to vectors as they are due now, for one forward pass.
 
-        While lengths are learned, in training mode, vectors are mixtures over all of them, unless `hard`.
+        In training mode those are the source vectors while the table is observed, and mixtures over all lengths while
+        those are learned.
         """
+        state = self.training_state
+        if self.training and state is not None and state.observing:
+            return SourceVectors(state, self.scale)
+        decoder = self.hard_decoder()
+        if self.training and state is not None and state.phase == "select":
+            decoder.shares = state.shares
+        return decoder
+
+    def hard_decoder(self) -> Decoder:
+        """From tokens to vectors as they would be packed now, for one forward pass."""
         static = torch.compiler.is_compiling()
         if not static:
             self.ensure_warm()
@@ -117,9 +152,7 @@ class CodedTable(nn.Module):
         if static or state is None:
             kind = StaticDecoder if static else Decoder
             return kind(stored, self.require_packed(), self.num_embeddings, zero, self.scale)
-        codes = LearnedCodes(state, books, stored)
-        shares = state.shares if self.training and state.phase == "select" and not hard else None
-        return Decoder(stored, codes, self.num_embeddings, zero, self.scale, shares)
+        return Decoder(stored, LearnedCodes(state, books, stored), self.num_embeddings, zero, self.scale)
 
     def token_counts(self) -> Tensor:
         """Occurrences of each token in the training data, (V,); only until it is packed."""
@@ -140,7 +173,7 @@ class CodedTable(nn.Module):
         if not 0 <= token_id < self.num_embeddings:
             raise IndexError(f"token id {token_id} is out of range for a table of {self.num_embeddings} rows")
         k = self.config.ladder.index(int(self.code_lengths()[token_id]))
-        codes = self.decoder().codes
+        codes = self.hard_decoder().codes
         _, place = codes.locate(torch.tensor([token_id], device=self.books[0].bias.device))
         return tuple(codes.bits(k, place)[0].nonzero().squeeze(1).tolist())
 
@@ -154,13 +187,6 @@ class CodedTable(nn.Module):
         """Keep the first tokens of a packed table and append some with these codes of the longest length, (N, L)."""
         self.packed = self.require_packed().resized(kept, new_codes)
         self.num_embeddings = self.packed.num_tokens
-
-    def restore_constants(self) -> None:
-        """Mark the constants as such again after transformers loaded them as trainable parameters."""
-        if self.training_state is not None:
-            self.training_state.restore_constants()
-            for book in self.books:
-                book.restore_constants()
 
     def require_packed(self) -> PackedCodes:
         """The packed codes; ValueError before there are any."""

@@ -11,16 +11,18 @@ from ..config import AdaCompConfig
 from ..fitting.token_counts import checked_counts
 from ..lengths.schedule import phase_at, temperature_at
 from ..lengths.selector import LengthSelector, gumbel_noise
+from .observation import Observation
 
-COLD, SELECT, ENCODE = range(3)
-"""Values of the `stage` buffer: before the warm start, lengths being learned, lengths frozen."""
+PHASES = ("observe", "select", "encode")
+OBSERVE, SELECT, ENCODE = range(3)
+"""Values of the `stage` buffer: the table's use observed, lengths being learned, lengths frozen."""
 
 PROGRESS_UNIT = 10**9
 """`progress` counts training in billionths: an integer survives casts of the model, and so does the schedule."""
 
 
 class TrainingState(nn.Module):
-    """Source table, token counts, metric, length selector and the schedule's state; dropped when the bits are packed.
+    """Source table, what was observed of its use, length selector and the schedule's state; dropped at packing.
 
     All state is in tensors under fixed names, whatever the phase, so that any checkpoint of a run loads into any
     moment of it.
@@ -30,33 +32,49 @@ class TrainingState(nn.Module):
         config: The settings.
     """
 
+    source: Tensor
     assignment: Tensor
     stage: Tensor
+    warm_started: Tensor
     progress: Tensor
 
     def __init__(self, source: Tensor, config: AdaCompConfig) -> None:
         super().__init__()
         self.config = config
         options: dict[str, Any] = {"device": source.device}
-        # Parameters without gradient rather than buffers: DDP broadcasts buffers on every forward pass.
-        self.source = nn.Parameter(source, requires_grad=False)
-        self.token_counts = nn.Parameter(torch.zeros(len(source), dtype=torch.int64, **options), requires_grad=False)
-        self.metric = nn.Parameter(torch.eye(source.shape[1], dtype=source.dtype, **options), requires_grad=False)
-        self.selector = LengthSelector(len(source), config.ladder, config.selection_gain, dtype=source.dtype, **options)
+        self.register_buffer("source", source)
+        self.observation = Observation(*source.shape, **options)
+        self.selector = LengthSelector(len(source), config.ladder, config.selection_gain, **options)
         self.register_buffer("assignment", torch.zeros(len(source), dtype=torch.uint8, **options))
-        self.register_buffer("stage", torch.tensor(COLD, dtype=torch.uint8, **options))
+        self.register_buffer("stage", torch.tensor(OBSERVE, dtype=torch.uint8, **options))
+        self.register_buffer("warm_started", torch.zeros((), dtype=torch.uint8, **options))
         self.register_buffer("progress", torch.tensor(-1, dtype=torch.int64, **options))
         self._noise: tuple[int, Tensor] | None = None
 
     @property
     def phase(self) -> str:
-        """`"select"` or `"encode"`."""
-        return "encode" if self.stage == ENCODE else "select"
+        """`"observe"`, `"select"` or `"encode"`."""
+        return PHASES[int(self.stage)]
+
+    @property
+    def observing(self) -> bool:
+        """Whether the table's use in training is being observed."""
+        return bool(self.stage == OBSERVE)
+
+    @property
+    def token_counts(self) -> Tensor:
+        """Occurrences of each token, (V,) int64: the user's, or those observed so far."""
+        return self.observation.token_counts
+
+    @property
+    def metric(self) -> Tensor:
+        """What errors are measured in, (d, d) float32."""
+        return self.observation.metric
 
     @property
     def warm(self) -> bool:
         """Whether the code-books hold a fit of the source table."""
-        return bool(self.stage != COLD)
+        return bool(self.warm_started)
 
     @property
     def driven(self) -> bool:
@@ -84,13 +102,14 @@ class TrainingState(nn.Module):
         moment = int(self.progress)
         if self._noise is None or self._noise[0] != moment:
             offset, seed = self.selector.offset, self.config.seed * 1_000_003 + moment
-            self._noise = moment, gumbel_noise(len(offset), offset.shape[1], seed, offset.device, offset.dtype)
+            self._noise = moment, gumbel_noise(len(offset), offset.shape[1], seed, offset.device)
         shares: Tensor = self.selector(tokens, self.temperature, self._noise[1][tokens])
         return shares
 
     def set_counts(self, token_counts: Tensor) -> None:
-        """Take over token counts, (V,)."""
+        """Take over token counts, (V,), and count no more."""
         self.token_counts.copy_(checked_counts(token_counts, len(self.source)))
+        self.observation.counting.zero_()
 
     def set_metric(self, metric: Tensor) -> None:
         """Take over the metric, (d, d), symmetric and positive definite."""
@@ -102,10 +121,15 @@ class TrainingState(nn.Module):
         self.metric.copy_(metric)
 
     def start(self, cost: Tensor, budget: int) -> None:
-        """Begin selection from the warm start's weighted distortions, (V, n)."""
+        """Take over the warm start's weighted distortions, (V, n)."""
         self.selector.set_cost(cost, budget)
-        self.stage.fill_(SELECT)
+        self.warm_started.fill_(1)
         self.settle(budget)
+
+    def end_observation(self) -> None:
+        """Learn lengths from here on."""
+        if self.observing:
+            self.stage.fill_(SELECT)
 
     def advance(self, fraction: float, budget: int) -> None:
         """Take note that a share `fraction` of training is done: progress, price, and the freeze when it is due."""
@@ -117,7 +141,7 @@ class TrainingState(nn.Module):
 
     def hard_assignment(self, budget: int) -> tuple[Tensor, float]:
         """Index of each token's hard code length, (V,), and the price at which they fit (0 once frozen)."""
-        return self.selector.solve(budget) if self.phase == "select" else (self.assignment, 0.0)
+        return (self.assignment, 0.0) if self.phase == "encode" else self.selector.solve(budget)
 
     @torch.no_grad()
     def settle(self, budget: int) -> float:
@@ -131,7 +155,7 @@ class TrainingState(nn.Module):
 
     def freeze(self, budget: int) -> None:
         """Freeze the hard lengths of the current scores."""
-        if self.phase == "select":
+        if self.phase != "encode":
             self.settle(budget)
             self.stage.fill_(ENCODE)
 
@@ -139,17 +163,13 @@ class TrainingState(nn.Module):
         """Raise ValueError if a tensor holds what training never does."""
         for tensor_name, tensor, least, most in (
             ("assignment", self.assignment, 0, len(self.config.ladder) - 1),
-            ("stage", self.stage, COLD, ENCODE),
+            ("stage", self.stage, OBSERVE, ENCODE),
+            ("warm_started", self.warm_started, 0, 1),
             ("progress", self.progress, -1, PROGRESS_UNIT),
-            ("token_counts", self.token_counts, 0, torch.iinfo(torch.int64).max),
+            ("observation.token_counts", self.token_counts, 0, torch.iinfo(torch.int64).max),
         ):
             if not least <= int(tensor.min()) <= int(tensor.max()) <= most:
                 raise ValueError(
                     f"{name}.{tensor_name} must be from {least} to {most}; the file holds {int(tensor.min())} to "
                     f"{int(tensor.max())}: it is damaged"
                 )
-
-    def restore_constants(self) -> None:
-        """Mark the constants as such again after transformers loaded them as trainable parameters."""
-        for constant in (self.source, self.token_counts, self.metric, self.selector.cost):
-            constant.requires_grad_(False)

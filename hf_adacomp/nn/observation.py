@@ -1,0 +1,113 @@
+"""What a training shows of a table where it is used: how often each token counts, and what the loss reacts to.
+
+While a table is observed it computes with its source vectors, and hooks look at the gradients on their way back. With
+those g at the vectors of all look-ups and, where a tied head turns hidden states h into logits, those z at the logits,
+
+    G = sum g g^T + sum |z|^2 h h^T        M = (R / mean(diag R) + I) / 2,  R = G^(1/2)
+
+an error e of a token's vector costs the loss about `e^T M e`: the metric M, in which code-books are fitted and code
+lengths chosen. It needs no occurrence of a token, so that tokens which the training never shows are judged too.
+
+Gradients tell of small errors: a few directions in which they are huge hold most of G (two of 384 hold 60 % of it in a
+tagger), while the loss reacts to a large error in them far less than in proportion. Hence the root, as in full-matrix
+AdaGrad (Duchi et al. 2011), and the Euclidean half.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..compat import KeptDtype
+from .ranks import sum_over_ranks
+
+MEASURED_ROWS = 2048
+"""Gradients that are measured of one use of a table in one backward pass, evenly spread over it."""
+
+
+class Observation(KeptDtype):
+    """Token counts and second moments of gradients, summed over all uses, micro-batches and ranks, and the metric.
+
+    A token counts where the gradient reaches its vector, which leaves out padding whatever a batch looks like.
+
+    Args:
+        num_tokens: V.
+        dim: Width d.
+    """
+
+    token_counts: Tensor
+    counting: Tensor
+    moment_bits: Tensor
+    metric: Tensor
+
+    def __init__(self, num_tokens: int, dim: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.register_buffer("token_counts", torch.zeros(num_tokens, dtype=torch.int64, device=device))
+        # Whether the counts are ours, and not the user's.
+        self.register_buffer("counting", torch.ones((), dtype=torch.uint8, device=device))
+        # Float64, held as the integers of the same bits: not every device knows it.
+        self.register_buffer("moment_bits", torch.zeros(dim, dim, dtype=torch.int64, device=device))
+        self.register_buffer("metric", torch.eye(dim, dtype=torch.float32, device=device))
+        self._counts: Tensor | None = None
+        self._moments: Tensor | None = None
+
+    def watch_look_up(self, ids: Tensor, vectors: Tensor, measure: bool) -> None:
+        """Take note of the gradients at vectors (..., d) of ids (...) when they come, and of moments to `measure`."""
+
+        def note(gradient: Tensor) -> None:
+            rows = gradient.detach().flatten(0, -2)
+            if not rows.isfinite().all():
+                return  # an overflow of mixed precision: the step will be left out as well
+            if self.counting:
+                reached = ids.flatten()[(rows != 0).any(dim=1)]
+                counted = torch.bincount(reached, minlength=len(self.token_counts))
+                self._counts = counted if self._counts is None else self._counts.add_(counted)
+            if measure:
+                self._measure(rows)
+
+        vectors.register_hook(note)
+
+    def watch_scores(self, hidden: Tensor, logits: Tensor) -> None:
+        """Take note of the gradients at logits that a tied head makes of hidden states, (..., V) and (..., d)."""
+
+        def note(gradient: Tensor) -> None:
+            # Those at all tokens' vectors from one position have the second moments of this one row.
+            rows = hidden.detach() * gradient.detach().norm(dim=-1, keepdim=True)
+            if rows.isfinite().all():
+                self._measure(rows.flatten(0, -2))
+
+        logits.register_hook(note)
+
+    def _measure(self, rows: Tensor) -> None:
+        step = max(1, len(rows) // MEASURED_ROWS)
+        sample = rows[::step].to("cpu", torch.float64)
+        moments = step * (sample.T @ sample)
+        self._moments = moments if self._moments is None else self._moments.add_(moments)
+
+    @torch.no_grad()
+    def collect(self, measure: bool) -> None:
+        """Add what came since the last call, on all ranks, to what is known; all ranks must call it together."""
+        counts, moments = self._counts, self._moments
+        self._counts = self._moments = None
+        if self.counting:
+            self.token_counts += sum_over_ranks(torch.zeros_like(self.token_counts) if counts is None else counts)
+        if measure:
+            if moments is None:
+                moments = torch.zeros(self.moment_bits.shape, dtype=torch.float64)
+            total = sum_over_ranks(moments.to(self.moment_bits.device))
+            self.moment_bits.copy_((self.moments + total.cpu()).view(torch.int64))
+
+    @property
+    def moments(self) -> Tensor:
+        """Sum of the second moments so far, G (d, d), float64 on the CPU."""
+        return self.moment_bits.cpu().view(torch.float64)
+
+    def measured_metric(self) -> Tensor | None:
+        """The metric M by the moments so far, (d, d) float32; None if no gradient came."""
+        moments = self.moments
+        if not moments.any():
+            return None
+        variances, axes = torch.linalg.eigh(moments)
+        reaction: Tensor = (axes * variances.clamp_min(0).sqrt()) @ axes.T
+        reaction /= reaction.diagonal().mean()
+        return ((reaction + torch.eye(len(moments), dtype=moments.dtype)) / 2).float()
