@@ -36,7 +36,7 @@ def compress(
     >>> counts = 1000 // torch.arange(1, 1001)
     >>> model = compress(model, AdaCompConfig(target_ratio=20), counts)
     >>> model.get_input_embeddings().phase
-    'select'
+    'observe'
 
     Args:
         model: Any `PreTrainedModel` whose token table is an `nn.Embedding` or one of transformers' scaled embeddings.

@@ -111,7 +111,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def temperature(self) -> float:
         """Gumbel-softmax temperature at the current training progress; 0 once the lengths are frozen."""
         state = self.training_state
-        return state.temperature if state is not None and state.phase == "select" else 0.0
+        return 0.0 if state is None or state.phase == "encode" else state.temperature
 
     def step(self, fraction: float, show_progress: bool = True) -> None:
         """Tell the module how far training is, between `backward()` and `optimizer.step()`; in all processes together.

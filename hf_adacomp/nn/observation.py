@@ -72,7 +72,7 @@ class Observation(KeptDtype):
 
         def note(gradient: Tensor) -> None:
             # Those at all tokens' vectors from one position have the second moments of this one row.
-            rows = hidden.detach() * gradient.detach().norm(dim=-1, keepdim=True)
+            rows = hidden.detach().float() * gradient.detach().float().norm(dim=-1, keepdim=True)
             if rows.isfinite().all():
                 self._measure(rows.flatten(0, -2))
 

@@ -82,13 +82,21 @@ def test_trains_in_every_phase(name, counts):
         batch["labels"] = torch.tensor([0, 1])
     embedding = next(iter(compressed_embeddings(model).values()))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for fraction, phase in ((0.1, "select"), (0.9, "encode"), (1.0, "packed")):
+    for fraction, before, phase in (
+        (0.0, "observe", "observe"),
+        (0.05, "observe", "select"),
+        (0.1, "select", "select"),
+        (0.9, "select", "encode"),
+        (1.0, "encode", "packed"),
+    ):
+        assert embedding.phase == before
         model.train()
         optimizer.zero_grad()
         model(**batch).loss.backward()
-        if phase == "select":
-            assert embedding.training_state.selector.offset.grad.any()
-        assert all(book.bias.grad.any() for k, book in enumerate(embedding.books) if used(embedding, k))
+        assert all(parameter.grad is not None for parameter in embedding.parameters())
+        assert bool(embedding.training_state.selector.offset.grad.any()) == (before == "select")
+        if before != "observe":
+            assert all(book.bias.grad.any() for k, book in enumerate(embedding.books) if used(embedding, k))
         for table in compressed_embeddings(model).values():
             table.step(fraction)
         optimizer.step()

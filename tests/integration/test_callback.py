@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import LENGTHS, VOCABULARY, close, tiny_bert_config
+from conftest import LENGTHS, VOCABULARY, close, same_state, tiny_bert_config
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -88,14 +88,15 @@ class Watch(TrainerCallback):
         embedding = model.get_input_embeddings()
         self.phases.append(embedding.phase)
         self.temperatures.append(embedding.temperature)
-        self.ratios.append(size_report(model).ratio)
+        if embedding.phase != "observe":
+            self.ratios.append(size_report(model).ratio)
 
 
 def test_anneals_freezes_packs_and_saves(tmp_path, ids):
     model, watch = new_model(), Watch()
     trainer = new_trainer(model, tmp_path, [watch])
     trainer.train()
-    assert watch.phases == ["select"] * 12 + ["encode"] * 12
+    assert watch.phases == ["observe"] * 2 + ["select"] * 10 + ["encode"] * 12
     assert watch.temperatures[0] == 1.0
     assert watch.temperatures[6] == pytest.approx(0.3**0.5)
     assert watch.temperatures == sorted(watch.temperatures, reverse=True)
@@ -107,26 +108,27 @@ def test_anneals_freezes_packs_and_saves(tmp_path, ids):
     assert close(loaded(ids).logits, model.eval()(ids).logits)
 
 
-class FirstStep(TrainerCallback):
-    """Keeps the state of the embedding before the first step."""
-
-    def on_step_begin(self, args, state, control, model, **kwargs):
-        if state.global_step == 0:
-            self.state = {name: tensor.clone() for name, tensor in model.get_input_embeddings().state_dict().items()}
-
-
 @pytest.mark.parametrize("evaluate_first", [False, True])
-def test_counts_the_training_data_before_the_warm_start(tmp_path, evaluate_first):
+def test_fits_to_what_the_training_shows(tmp_path, evaluate_first):
     """Even where an evaluation before training had to start without counts."""
     counts = torch.bincount(Texts().ids.flatten(), minlength=VOCABULARY)
-    model, first = new_model(significance=False), FirstStep()
-    trainer = new_trainer(model, tmp_path, [first], max_steps=1)
+    model = new_model(observe_fraction=1)
+    table = model.get_input_embeddings()
+
+    class FirstEpoch(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            self.observation = table.training_state.observation
+
+    trainer, first = new_trainer(model, tmp_path, num_train_epochs=1, max_steps=-1), FirstEpoch()
+    trainer.callback_handler.callbacks.insert(0, first)
     if evaluate_first:
         trainer.evaluate()
     trainer.train()
-    expected = new_model(significance=False).get_input_embeddings()
-    expected.warm_start(counts)
-    assert [name for name, tensor in expected.state_dict().items() if not torch.equal(first.state[name], tensor)] == []
+    assert torch.equal(first.observation.token_counts, counts)
+    expected = new_model().get_input_embeddings()
+    expected.warm_start(counts, first.observation.measured_metric())
+    expected.pack()
+    assert same_state(table, expected)
 
 
 def test_dense_model_can_be_evaluated_under_the_callback(tmp_path):
@@ -138,9 +140,9 @@ def test_logs_reach_the_history(tmp_path):
     trainer = new_trainer(new_model(), tmp_path, max_steps=4)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["adacomp/phase"] for entry in steps] == ["select", "select", "encode", "encode"]
+    assert [entry["adacomp/phase"] for entry in steps] == ["observe", "select", "encode", "encode"]
     assert steps[0]["adacomp/temperature"] == 1.0
-    for entry in steps:
+    for entry in steps[1:]:
         assert entry["adacomp/ratio"] >= 32
         assert LENGTHS[0] <= entry["adacomp/bits_per_token"] <= LENGTHS[-1]
 
@@ -157,7 +159,7 @@ def test_trainer_settings_that_must_not_matter(tmp_path, settings):
 def test_extremes_of_the_schedule(tmp_path, select_fraction):
     model, watch = new_model(select_fraction=select_fraction), Watch()
     new_trainer(model, tmp_path, [watch]).train()
-    assert set(watch.phases) == {"encode" if select_fraction == 0 else "select"}
+    assert set(watch.phases) == {"observe", "encode" if select_fraction == 0 else "select"}
     assert model.get_input_embeddings().phase == "packed"
 
 

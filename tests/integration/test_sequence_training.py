@@ -5,10 +5,9 @@ import torch
 from architectures import TIED
 from conftest import VOCABULARY, close
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
-from hf_adacomp.integration.callback import _id_names
 from hf_adacomp.integration.tables import compressed_embeddings
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
@@ -16,20 +15,24 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 SETTINGS = {"code_lengths": (4, 8, 32), "target_ratio": 3, "codebook_dtype": "int8"}
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("gpt2", [["input_ids"]]),
-        ("bert", [["input_ids"]]),
-        ("t5", [["input_ids", "labels"]]),
-        ("bart", [["input_ids", "labels"]]),
-        ("marian", [["input_ids", "labels"]]),
-        ("marian-split", [["input_ids"], ["labels"]]),
-    ],
-)
-def test_ids_of_each_table_are_known(name, expected):
-    model = compress(TIED[name](), AdaCompConfig(**SETTINGS))
-    assert [_id_names(model, table) for table in compressed_embeddings(model).values()] == expected
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "bart", "marian-split"])
+def test_each_table_counts_its_own_ids(name, tmp_path):
+    """Those of a decoder are the labels, shifted; a table that both sides share counts both."""
+    model = compress(TIED[name](), AdaCompConfig(**SETTINGS, observe_fraction=1))
+    rows = {"input_ids": torch.arange(4, 12), "labels": torch.arange(20, 28)}
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen[:] = [table.token_counts()[:60].nonzero().flatten() for table in compressed_embeddings(model).values()]
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", save_strategy="no")
+    Trainer(model, args, train_dataset=[rows] * 8, callbacks=[AdaCompCallback(), Look()]).train()
+    inputs, outputs = set(range(4, 12)), set(range(20, 27))
+    expected = {"gpt2": [inputs - {11}], "bert": [inputs], "marian-split": [inputs, outputs]}.get(
+        name, [inputs | outputs]
+    )
+    assert [set(tokens.tolist()) - {0, 1, 2, 3} for tokens in seen] == expected
 
 
 @pytest.mark.parametrize("head", ["compress", "dense"])

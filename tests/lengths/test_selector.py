@@ -7,8 +7,15 @@ from hf_adacomp.lengths.selector import SHARPNESS, LengthSelector, gumbel_noise
 LENGTHS = (4, 8, 20)
 
 
+def in_double(module: LengthSelector) -> LengthSelector:
+    """With float64 tensors, for exact comparisons; casting the module would leave it as it is."""
+    module.offset = torch.nn.Parameter(module.offset.detach().double())
+    module.cost, module.price = module.cost.double(), module.price.double()
+    return module
+
+
 def selector(tokens=50, gain=1.0) -> LengthSelector:
-    module = LengthSelector(tokens, LENGTHS, gain, dtype=torch.float64)
+    module = in_double(LengthSelector(tokens, LENGTHS, gain))
     with torch.no_grad():
         module.cost.uniform_(0, 3)
         module.offset.normal_()
@@ -16,7 +23,7 @@ def selector(tokens=50, gain=1.0) -> LengthSelector:
 
 
 def noise(tokens, seed=0):
-    return gumbel_noise(tokens, len(LENGTHS), seed, torch.device("cpu"), torch.float64)
+    return gumbel_noise(tokens, len(LENGTHS), seed, torch.device("cpu")).double()
 
 
 def test_noise_is_gumbels_and_a_function_of_the_seed():
@@ -96,12 +103,12 @@ def test_a_size_that_does_not_bind_keeps_costs_comparable_to_noise():
 
 
 def test_starts_without_preference_at_the_longest_codes_price():
-    module = LengthSelector(6, LENGTHS, 400.0, dtype=torch.float64)
+    module = LengthSelector(6, LENGTHS, 400.0)
     assert (module.gain, module.ladder) == (400.0, LENGTHS)
     assert {name: tensor.dtype for name, tensor in module.state_dict().items()} == dict.fromkeys(
-        ("offset", "cost", "price"), torch.float64
+        ("offset", "cost", "price"), torch.float32
     )
-    assert float(module.price) == SHARPNESS / LENGTHS[-1]
+    assert float(module.price) == pytest.approx(SHARPNESS / LENGTHS[-1])
     assert not module.offset.any()
     assert not module.cost.any()
     assert module.offset.shape == module.cost.shape == (6, 3)
@@ -128,7 +135,7 @@ def test_costs_keep_their_proportions_and_learned_offsets_are_forgotten():
 @pytest.mark.parametrize("lengths", [(8,), (4, 12)])
 def test_costs_that_say_nothing_are_left_at_their_scale(lengths):
     """Where longer codes save nothing there is no price to scale by."""
-    module = LengthSelector(5, lengths, 400.0, dtype=torch.float64)
+    module = in_double(LengthSelector(5, lengths, 400.0))
     distortion = torch.rand(5, 1, dtype=torch.float64).expand(5, len(lengths))
     module.set_cost(distortion, 5 * lengths[-1])
     assert torch.equal(module.cost, distortion)
@@ -136,6 +143,16 @@ def test_costs_that_say_nothing_are_left_at_their_scale(lengths):
 
 
 def test_price_of_a_size_that_does_not_bind_is_what_a_bit_saves():
-    module = LengthSelector(2, (4, 12), 1.0, dtype=torch.float64)
+    module = in_double(LengthSelector(2, (4, 12), 1.0))
     module.set_cost(torch.tensor([[3.0, 1.0], [5.0, 1.0]]), 2 * 12)  # 2 and 4 for 8 bits: 3/8 a bit
     assert torch.allclose(module.cost, torch.tensor([[3.0, 1.0], [5.0, 1.0]]).double() * SHARPNESS / (3 / 8 * 12))
+
+
+def test_stays_float32_when_the_model_is_cast():
+    module = LengthSelector(5, LENGTHS, 400.0)
+    with torch.no_grad():
+        module.offset.fill_(1 + 2**-20)
+    for cast in (module.to(torch.bfloat16), module.half(), module.double()):
+        assert {tensor.dtype for tensor in cast.state_dict().values()} == {torch.float32}
+        assert (cast.offset == 1 + 2**-20).all()
+    assert module.to("meta").offset.is_meta

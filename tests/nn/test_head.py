@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 
 @pytest.fixture
 def table(counts) -> AdaptiveCompressedEmbedding:
-    config = AdaCompConfig(LENGTHS, target_ratio=20)
+    config = AdaCompConfig(LENGTHS, target_ratio=20, observe_fraction=0)
     return AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32, padding_idx=0), config, counts)
 
 
