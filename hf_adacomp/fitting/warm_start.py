@@ -14,7 +14,6 @@ from ..codes.descent import nearest_bits
 from ..codes.rounding import round_vectors
 from ..lengths.budget import assign_lengths
 from .spectrum import BLOCK, binary_code_distortion, mean_and_covariance, principal_axes, squared_norms
-from .token_counts import expected_counts, token_weights
 
 FIT_ROWS = 1 << 15
 FIT_ROUNDS = 16
@@ -26,7 +25,7 @@ STAGE = 64
 def fit_codebooks(
     codebooks: Sequence[BinaryCodebook],
     source: Tensor,
-    counts: Tensor,
+    weights: Tensor,
     metric: Tensor,
     budget: int,
     seed: int,
@@ -41,7 +40,7 @@ def fit_codebooks(
     Args:
         codebooks: One a code length, increasing.
         source: The table, (V, d).
-        counts: Occurrences of each token in the training data, (V,).
+        weights: What each token weighs, (V,) float32: `hf_adacomp.fitting.token_counts`.
         metric: What errors are measured in, M (d, d), positive definite.
         budget: Bits available for all codes together.
         seed: Seed of the random rotation and of the sampled batches.
@@ -52,7 +51,6 @@ def fit_codebooks(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     x = source.detach().to(torch.float32)
-    weights = token_weights(expected_counts(counts.to(x.device), x))
     ladder = torch.tensor([book.length for book in codebooks], device=x.device)
     metric = metric.detach().to(torch.float32)
     mean, covariance = mean_and_covariance(x, weights)

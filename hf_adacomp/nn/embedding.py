@@ -134,12 +134,12 @@ class AdaptiveCompressedEmbedding(CodedTable):
             take_from_first(self._tensors())
         self._leave_out_broken_gradients(fraction)
         before = state.phase
-        if state.observing:
-            state.observation.collect(self.config.measured)
-            if fraction >= self.config.observe_fraction:
-                self._warn_of_what_is_missing(state)
-                self.end_observation(show_progress)
-                take_from_first(self._tensors())
+        if before != "encode":
+            state.recount()
+        if state.observing and fraction >= self.config.observe_fraction:
+            self._warn_of_what_is_missing(state)
+            self.end_observation(show_progress)
+            take_from_first(self._tensors())
         state.advance(fraction, self.budget())
         if before == "observe":
             self.zero_grad()  # to None: an optimizer passes over what took part without a gradient
@@ -208,7 +208,10 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if input.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
         self.reached = True
-        vectors = self.decoder().look_up(input.to(torch.int64))
+        ids, state = input.to(torch.int64), self.training_state
+        vectors = self.decoder().look_up(ids)
+        if state is not None and state.phase == "select" and state.observation.counting and vectors.requires_grad:
+            state.observation.watch_look_up(ids, vectors, measure=False)
         if self.training and torch.is_grad_enabled() and self.phase != "select" and not torch.compiler.is_compiling():
             vectors = TakePart.apply(vectors, *(each for each in self.parameters() if each.requires_grad))  # type: ignore[no-untyped-call]
         return vectors

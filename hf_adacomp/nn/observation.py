@@ -36,6 +36,7 @@ class Observation(KeptDtype):
     """
 
     token_counts: Tensor
+    expected_counts: Tensor
     counting: Tensor
     moment_bits: Tensor
     metric: Tensor
@@ -43,6 +44,8 @@ class Observation(KeptDtype):
     def __init__(self, num_tokens: int, dim: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.register_buffer("token_counts", torch.zeros(num_tokens, dtype=torch.int64, device=device))
+        # Those smoothed at the warm start, and what was counted since.
+        self.register_buffer("expected_counts", torch.zeros(num_tokens, dtype=torch.float32, device=device))
         # Whether the counts are ours, and not the user's.
         self.register_buffer("counting", torch.ones((), dtype=torch.uint8, device=device))
         # Float64, held as the integers of the same bits: not every device knows it.
@@ -85,17 +88,24 @@ class Observation(KeptDtype):
         self._moments = moments if self._moments is None else self._moments.add_(moments)
 
     @torch.no_grad()
-    def collect(self, measure: bool) -> None:
-        """Add what came since the last call, on all ranks, to what is known; all ranks must call it together."""
-        counts, moments = self._counts, self._moments
+    def collect(self, measure: bool) -> Tensor:
+        """Add what came since the last call, on all ranks, to what is known; all ranks must call it together.
+
+        Returns:
+            The counts that came, (V,) int64.
+        """
+        counts = torch.zeros_like(self.token_counts) if self._counts is None else self._counts
+        moments = self._moments
         self._counts = self._moments = None
         if self.counting:
-            self.token_counts += sum_over_ranks(torch.zeros_like(self.token_counts) if counts is None else counts)
+            counts = sum_over_ranks(counts)
+            self.token_counts += counts
         if measure:
             if moments is None:
                 moments = torch.zeros(self.moment_bits.shape, dtype=torch.float64)
             total = sum_over_ranks(moments.to(self.moment_bits.device))
             self.moment_bits.copy_((self.moments + total.cpu()).view(torch.int64))
+        return counts
 
     @property
     def moments(self) -> Tensor:

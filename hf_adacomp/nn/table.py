@@ -94,8 +94,8 @@ class CodedTable(nn.Module):
             state.set_counts(token_counts)
         if metric is not None:
             state.set_metric(metric)
-        budget, seed = self.budget(), self.config.seed
-        cost = fit_codebooks(self.books, state.source, state.token_counts, state.metric, budget, seed, show_progress)
+        budget, seed, weights = self.budget(), self.config.seed, state.weigh_tokens()
+        cost = fit_codebooks(self.books, state.source, weights, state.metric, budget, seed, show_progress)
         state.start(cost, budget)
         if not state.observation.counting and (metric is not None or not self.config.measured):
             state.end_observation()

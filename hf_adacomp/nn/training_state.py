@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdaCompConfig
-from ..fitting.token_counts import checked_counts
+from ..fitting.token_counts import checked_counts, expected_counts, token_weights
 from ..lengths.schedule import phase_at, temperature_at
 from ..lengths.selector import LengthSelector, gumbel_noise
 from .observation import Observation
@@ -119,6 +119,21 @@ class TrainingState(nn.Module):
                 f"{tuple(metric.shape)} with entries from {metric.min():g} to {metric.max():g}"
             )
         self.metric.copy_(metric)
+
+    def weigh_tokens(self) -> Tensor:
+        """What each token weighs in a fit by its count so far, (V,) float32."""
+        expected = self.observation.expected_counts
+        expected.copy_(expected_counts(self.token_counts, self.source))
+        return token_weights(expected)
+
+    def recount(self) -> None:
+        """Collect counts, on all ranks together; while lengths are learned, tokens weigh by them from here on."""
+        added = self.observation.collect(self.observing and self.config.measured)
+        if self.observing or not self.observation.counting:
+            return
+        before, now = self.observation.expected_counts, self.observation.expected_counts + added
+        self.selector.cost *= token_weights(now / before * (before.sum() / now.sum()))[:, None]
+        before.copy_(now)
 
     def start(self, cost: Tensor, budget: int) -> None:
         """Take over the warm start's weighted distortions, (V, n)."""
