@@ -22,6 +22,9 @@ HEADS = ("compress", "dense")
 INTEGER_BITS = {"int4": 4, "int8": 8}
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = sys.float_info.max
+SEEDS = 2**32
+"""How many seeds there are, as for numpy's and transformers' `set_seed`."""
+
 CODEBOOK_DTYPES = (*INTEGER_BITS, *FLOAT_DTYPES)
 
 
@@ -93,7 +96,9 @@ class AdaCompConfig(QuantizationConfigMixin):
         if quant_method != QUANT_METHOD:
             raise ValueError(f"AdaCompConfig has quant_method={QUANT_METHOD!r}; got {quant_method!r}")
         self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # plugins are registered by plain name
-        self.code_lengths: tuple[int, ...] | str = AUTO if code_lengths == AUTO else _checked_lengths(code_lengths)
+        self.code_lengths: tuple[int, ...] | str = _checked_lengths(code_lengths)
+            AUTO if isinstance(code_lengths, str) and code_lengths == AUTO else _checked_lengths(code_lengths)
+        )
         self.target_ratio = _number("target_ratio", target_ratio, above=0)
         self.temperature_start = _number("temperature_start", temperature_start, above=0)
         self.temperature_end = _number("temperature_end", temperature_end, above=0)
@@ -113,6 +118,8 @@ class AdaCompConfig(QuantizationConfigMixin):
         self.significance = _boolean("significance", significance)
         self.head = _choice("head", head, HEADS)
         self.seed = _integer("seed", seed)
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed must be from 0 to {SEEDS - 1}; got {seed}")
         self.format_version = _integer("format_version", format_version)
         if self.format_version == 1:
             raise ValueError(
@@ -173,7 +180,15 @@ class AdaCompConfig(QuantizationConfigMixin):
         return f"AdaCompConfig({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
-def _checked_lengths(code_lengths: Sequence[int] | str) -> tuple[int, ...]:
+def _plain(value: Any) -> Any:
+    """A number or list of Python for those of numpy and torch, which say what they are by `tolist`."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _checked_lengths(code_lengths: Sequence[int] | str) -> tuple[int, ...] | str:
+    code_lengths = _plain(code_lengths)
+    if isinstance(code_lengths, str) and code_lengths == AUTO:
+        return AUTO
     if isinstance(code_lengths, (str, bytes)) or not isinstance(code_lengths, Sequence) or not code_lengths:
         raise ValueError(
             f"code_lengths must be {AUTO!r} or a sequence of at least one length in bits; got {code_lengths!r}"
@@ -193,6 +208,7 @@ def _checked_lengths(code_lengths: Sequence[int] | str) -> tuple[int, ...]:
 def _number(
     name: str, value: float, *, above: float | None = None, least: float = -math.inf, most: float = math.inf
 ) -> float:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise ValueError(f"{name} must be a finite number; got {value!r}")
     if above is not None and value <= above:
@@ -204,12 +220,14 @@ def _number(
 
 
 def _integer(name: str, value: int | str) -> int:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} takes whole numbers; got {value!r}")
     return value
 
 
 def _boolean(name: str, value: bool) -> bool:
+    value = _plain(value)
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False; got {value!r}")
     return value

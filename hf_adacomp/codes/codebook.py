@@ -144,7 +144,8 @@ class BinaryCodebook(nn.Module):
 
     def orthogonality(self) -> Tensor:
         """`|C C^T / s - I|^2 / L`, s the mean squared norm of the code vectors: 0 when they are orthonormal."""
-        gram = self.weight @ self.weight.T
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        gram = weight @ weight.T
         gram = gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
         return (gram - torch.eye(self.length, dtype=gram.dtype, device=gram.device)).square().sum() / self.length
 

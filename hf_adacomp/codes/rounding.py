@@ -18,11 +18,12 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     (L, d) -> int8 (L, d) in `-(2^(bits-1) - 1) ..`, scale (L, 1).
     """
     most = 2 ** (bits - 1) - 1
-    peak = weight.abs().amax(dim=1, keepdim=True)
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))  # squares of small float16 vanish
+    peak = exact.abs().amax(dim=1, keepdim=True)
     if bits in CLIP:
-        peak = peak.minimum(CLIP[bits] * weight.square().mean(dim=1, keepdim=True).sqrt())
-    scale = (peak / most).clamp_min(torch.finfo(weight.dtype).tiny)
-    return (weight / scale).round().clamp(-most, most).to(torch.int8), scale
+        peak = peak.minimum(CLIP[bits] * exact.square().mean(dim=1, keepdim=True).sqrt())
+    scale = (peak / most).clamp_min(torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    return (exact / scale).round().clamp(-most, most).to(torch.int8), scale
 
 
 def round_vectors(vectors: Tensor, storage: str) -> Tensor:

@@ -19,6 +19,12 @@ def checked_counts(token_counts: Tensor, num_embeddings: int) -> Tensor:
         raise ValueError(f"token_counts must have shape ({num_embeddings},); got {tuple(counts.shape)}")
     if counts.is_floating_point() and not torch.isfinite(counts).all():
         raise ValueError("token_counts must be finite; got NaN or Inf")
+    if counts.is_floating_point() and (counts != counts.round()).any():
+        bad = int((counts != counts.round()).nonzero()[0])
+        raise ValueError(
+            f"token_counts must be whole numbers of occurrences; got {counts[bad].item():g} for token {bad}. "
+            "Frequencies, multiplied by the number of tokens they are of and rounded, are counts"
+        )
     if (counts < 0).any():
         bad = int((counts < 0).nonzero()[0])
         raise ValueError(f"token_counts must not be negative; got {counts[bad].item()} for token {bad}")
@@ -57,6 +63,16 @@ def expected_counts(counts: Tensor, source: Tensor) -> Tensor:
     rate = (source.detach().to(torch.float32) @ direction - mean @ direction).clamp_max(LARGEST_LOG_RATE).exp()
     unseen = rate[counts == 0]
     return counts.to(torch.float32) + smoothing * rate / (unseen if len(unseen) else rate).mean()
+
+
+def draw_tokens(weights: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Token ids drawn in proportion to their weights (V,), with replacement: int64 (draws,) where the weights are.
+
+    `torch.multinomial` takes 2^24 tokens at most.
+    """
+    sums = weights.to("cpu", torch.float64).cumsum(0)
+    points = torch.rand(draws, dtype=torch.float64, generator=generator) * sums[-1]
+    return torch.searchsorted(sums, points, right=True).clamp_max(len(sums) - 1).to(weights.device)
 
 
 def token_weights(counts: Tensor) -> Tensor:

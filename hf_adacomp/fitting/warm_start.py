@@ -14,6 +14,7 @@ from ..codes.descent import nearest_bits
 from ..codes.rounding import round_vectors
 from ..lengths.budget import assign_lengths
 from .spectrum import BLOCK, binary_code_distortion, mean_and_covariance, principal_axes, squared_norms
+from .token_counts import draw_tokens
 
 FIT_ROWS = 1 << 15
 FIT_ROUNDS = 16
@@ -66,8 +67,7 @@ def fit_codebooks(
             members = torch.arange(len(x), device=x.device)
         drawn = len(members) > FIT_ROWS
         if drawn:
-            rows = torch.multinomial(weights[members].cpu(), FIT_ROWS, replacement=True, generator=generator)
-            members = members[rows.to(members.device)]
+            members = members[draw_tokens(weights[members], FIT_ROWS, generator)]
         own = torch.ones_like(weights[members]) if drawn else weights[members]
         fit_codebook(book, x[members], own, metric, generator)
         stored = book.stored()
@@ -105,7 +105,7 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, metric: Tenso
     book.encoder_bias.zero_()
     if not book.tied:
         book.encoder_weight.copy_(scale * readers)
-        book.encoder_bias.copy_(-scale * (readers @ book.bias + (readers * vectors).sum(1) / 2))
+        book.encoder_bias.copy_(-scale * (readers @ book.bias.to(readers) + (readers * vectors).sum(1) / 2))
 
 
 def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -13,7 +12,7 @@ from .. import compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .checkpoint import unfinished_checkpoints
 from .sizes import size_report
-from .tables import compressed_embeddings, require_compressed
+from .tables import compressed_embeddings, named_modules, require_compressed
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +138,8 @@ def _refuse_sharding() -> None:
         )
 
 
-def _refuse_adapters(model: nn.Module) -> None:
-    if any(hasattr(module, "peft_config") for module in model.modules()):
+def _refuse_adapters(model: Any) -> None:
+    if any(hasattr(module, "peft_config") for module in named_modules(model).values()):
         raise ValueError(
             "the model has adapters of PEFT, which freeze the compressed table before it has learned anything and save "
             "without it: train it without adapters, call hf_adacomp.pack(model), save it, then add adapters to that"

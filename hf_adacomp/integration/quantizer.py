@@ -78,7 +78,8 @@ class AdaCompHfQuantizer(HfQuantizer):
             return model
         for name, embedding in compressed_embeddings(model).items():
             del embedding.__dict__["weight"]
-            _refuse_damaged(name, embedding)
+            _refuse_missing(name, embedding)
+            _check_values(name, embedding)
             _compare_checksums(name, embedding, self._checksums.pop(embedding))
             embedding.loading = False
             embedding.train(embedding.training)
@@ -96,6 +97,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             )
         for name, embedding in embeddings.items():
             _refuse_unfinished(name, embedding)
+            _check_values(name, embedding)
         tied = [head.embedding for head in heads.values()]
         self.quantization_config.tables = {
             name: table_layout(embedding, tied_head=any(embedding is owner for owner in tied))
@@ -119,7 +121,7 @@ class AdaCompHfQuantizer(HfQuantizer):
         return True
 
 
-def _refuse_damaged(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
+def _refuse_missing(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
     # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
     stored = embedding.state_dict().keys()
     for key, tensor in chain(embedding.named_parameters(), embedding.named_buffers()):
@@ -127,8 +129,14 @@ def _refuse_damaged(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
             continue
         if not compat.is_loaded(tensor):
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
+
+
+def _check_values(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
+    for key, tensor in chain(embedding.named_parameters(), embedding.named_buffers()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}.{key} holds NaN or Inf: the file is damaged")
+            raise ValueError(
+                f"{name}.{key} holds NaN or Inf: the training has diverged, or the file it is from is damaged"
+            )
     if embedding.packed is not None:
         embedding.packed.validate(f"{name}.packed")
     if embedding.training_state is not None:

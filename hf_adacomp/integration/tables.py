@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import cast
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,12 +40,20 @@ class DenseTable:
         return {f"{name}.weight" for name in (self.name, *self.shared, *self.heads)}
 
 
-def compressed_embeddings(model: nn.Module) -> dict[str, AdaptiveCompressedEmbedding]:
+def named_modules(model: Any) -> dict[str, nn.Module]:
+    """The modules of a model by name, each once; also of an object that holds models, such as SetFit's."""
+    parts = {"": model} if isinstance(model, nn.Module) else vars(model)
+    found = [part.named_modules(prefix=name) for name, part in parts.items() if isinstance(part, nn.Module)]
+    return dict(chain.from_iterable(found))
+
+
+def compressed_embeddings(model: Any) -> dict[str, AdaptiveCompressedEmbedding]:
     """The compressed tables of a model by module name; one shared under several names is listed once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptiveCompressedEmbedding)}
+    modules = named_modules(model)
+    return {name: module for name, module in modules.items() if isinstance(module, AdaptiveCompressedEmbedding)}
 
 
-def require_compressed(model: nn.Module) -> dict[str, AdaptiveCompressedEmbedding]:
+def require_compressed(model: Any) -> dict[str, AdaptiveCompressedEmbedding]:
     """As `compressed_embeddings`, with a ValueError if there is none."""
     found = compressed_embeddings(model)
     if not found:
@@ -52,9 +61,9 @@ def require_compressed(model: nn.Module) -> dict[str, AdaptiveCompressedEmbeddin
     return found
 
 
-def compressed_heads(model: nn.Module) -> dict[str, CompressedHead]:
+def compressed_heads(model: Any) -> dict[str, CompressedHead]:
     """The compressed output heads of a model by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedHead)}
+    return {name: module for name, module in named_modules(model).items() if isinstance(module, CompressedHead)}
 
 
 def config_ties(model: PreTrainedModel) -> bool:

@@ -124,7 +124,7 @@ class Decoder:
 
     def _mixture(self, shares: Tensor, tokens: Tensor) -> Tensor:
         decoded = torch.stack([book.decode(self.codes.bits(k, tokens)) for k, book in enumerate(self.books)], dim=1)
-        return (shares[:, :, None] * decoded).sum(dim=1)
+        return (shares[:, :, None] * decoded).sum(dim=1).to(decoded.dtype)
 
     def _by_length(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The order of tokens by code length, (N,) int64, and their vectors in that order, (N, d)."""

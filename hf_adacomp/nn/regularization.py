@@ -10,7 +10,7 @@ from torch import Tensor
 from ..codes.codebook import BinaryCodebook
 from ..config import AdaCompConfig
 from ..fitting.spectrum import squared_norms
-from ..fitting.token_counts import token_weights
+from ..fitting.token_counts import draw_tokens, token_weights
 from .training_state import TrainingState
 
 SAMPLED_TOKENS = 1024
@@ -20,9 +20,9 @@ SAMPLED_TOKENS = 1024
 def regularizer(
     config: AdaCompConfig, codebooks: Sequence[BinaryCodebook], state: TrainingState, decode: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The weighted sum of orthogonality and reconstruction error, a scalar; of `decode`, tokens (N,) -> (N, d)."""
+    """The weighted sum of orthogonality and reconstruction error, a float32 scalar; `decode` is (N,) -> (N, d)."""
     source = state.source
-    loss = source.new_zeros(())
+    loss = torch.zeros((), device=source.device)
     if config.orthogonality_weight:
         loss = loss + config.orthogonality_weight * torch.stack([book.orthogonality() for book in codebooks]).mean()
     if config.reconstruction_weight:
@@ -37,11 +37,12 @@ def sample_tokens(counts: Tensor, seed: int, progress: int) -> Tensor:
     A function of its arguments alone, so that ranks agree and a resumed run repeats itself.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + progress)
-    return torch.multinomial(token_weights(counts + 0.5).cpu(), SAMPLED_TOKENS, replacement=True, generator=generator)
+    return draw_tokens(token_weights(counts + 0.5), SAMPLED_TOKENS, generator)
 
 
 def relative_error(decoded: Tensor, source: Tensor, metric: Tensor) -> Tensor:
     """Squared error in a metric (d, d) over squared norm, both summed over the tokens (N, d)."""
+    decoded, source = decoded.to(metric.dtype), source.to(metric.dtype)  # squares of float16 overflow
     error = squared_norms(decoded - source, metric).sum()
     return error / source.square().sum().clamp_min(torch.finfo(source.dtype).tiny)
 

@@ -203,6 +203,11 @@ class CodedTable(nn.Module):
 
 def _refuse_other_form(module: CodedTable, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before a state dict is loaded: a table in training cannot take a packed one's, nor the other way round."""
+    if f"{prefix}weight" in state_dict:
+        rest[-1].append(
+            f"{prefix.rstrip('.')}: the checkpoint holds a dense table, which the compressed one would leave out: load "
+            "it into the dense model, then compress that"
+        )
     stored_packed = f"{prefix}packed.codes" in state_dict
     if any(key.startswith(prefix) for key in state_dict) and stored_packed != (module.training_state is None):
         forms = ("packed", "training") if stored_packed else ("training", "packed")
