@@ -97,8 +97,6 @@ class AdaCompConfig(QuantizationConfigMixin):
             raise ValueError(f"AdaCompConfig has quant_method={QUANT_METHOD!r}; got {quant_method!r}")
         self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # plugins are registered by plain name
         self.code_lengths: tuple[int, ...] | str = _checked_lengths(code_lengths)
-            AUTO if isinstance(code_lengths, str) and code_lengths == AUTO else _checked_lengths(code_lengths)
-        )
         self.target_ratio = _number("target_ratio", target_ratio, above=0)
         self.temperature_start = _number("temperature_start", temperature_start, above=0)
         self.temperature_end = _number("temperature_end", temperature_end, above=0)
