@@ -52,6 +52,7 @@ class PackedCodes(nn.Module):
             )
         self.num_tokens, self.ladder = num_tokens, tuple(ladder)
         self.tokens_per_length = tuple(tokens_per_length)
+        self._order: Tensor | None = None  # sorted when it is first asked for
         self._index_bits = num_tokens * index_bits(len(ladder))
         self._group_bytes = group_bytes(tokens_per_length, ladder)
         for name, size in (("length_indices", packed_bytes(self._index_bits)), ("codes", sum(self._group_bytes))):
@@ -85,12 +86,19 @@ class PackedCodes(nn.Module):
         """Length index of every token, uint8 (V,)."""
         return unpack_assignment(self.length_indices, self.num_tokens, len(self.ladder))
 
+    def order(self) -> Tensor:
+        """All tokens by code length, and by id where it is the same, int64 (V,): the order of `codes`."""
+        if self._order is None or self._order.device != self.codes.device:
+            self._order = self.assignment().argsort(stable=True).to(torch.int32)
+        return self._order.to(torch.int64)
+
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Length index, uint8 (N,), and place inside its group, int64 (N,), of each of `tokens`."""
         return locate(self.length_indices, self.ranks, tokens)
 
     def index(self) -> None:
         """Derive the ranks from the length indices; due whenever those change."""
+        self._order = None
         # `validate` names an index that is out of range.
         assignment = self.assignment().clamp_max(len(self.ladder) - 1)
         self.ranks = block_ranks(assignment, len(self.ladder))

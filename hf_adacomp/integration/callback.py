@@ -12,7 +12,7 @@ from .. import compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .checkpoint import unfinished_checkpoints
 from .sizes import size_report
-from .tables import compressed_embeddings, named_modules, require_compressed
+from .tables import compressed_embeddings, keep_from_broadcasts, named_modules, require_compressed
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class AdaCompCallback(TrainerCallback):
     """
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        keep_from_broadcasts(kwargs["model"])  # the trainer may hold a larger model than the one that was compressed
         # Resuming would fail before the training begins, at the first file that is not whole, without its name.
         folder = str(args.output_dir)
         for name, fault in unfinished_checkpoints(folder).items():
@@ -75,6 +76,7 @@ class AdaCompCallback(TrainerCallback):
             _refuse_adapters(model)
         for name, table in learning.items():
             _refuse_other_optimizer(name, table, kwargs.get("optimizer"))
+            table.check_size()
         for table in tables.values():
             table.abandoned = False
 
@@ -105,7 +107,7 @@ class AdaCompCallback(TrainerCallback):
             return
         values: dict[str, Any] = {"adacomp/temperature": embedding.temperature, "adacomp/phase": embedding.phase}
         if embedding.phase != "observe":  # nothing is compressed until then
-            report = size_report(kwargs["model"])
+            report = size_report(kwargs["model"], settled=True)
             values |= {"adacomp/bits_per_token": report.bits_per_token, "adacomp/ratio": report.ratio}
         compat.add_to_log(state, kwargs["logs"], values)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..config import AdaCompConfig
 from .quantizer import AdaCompHfQuantizer, attach, detach
 from .surgery import install, take_out
-from .tables import require_compressed
+from .tables import keep_from_broadcasts, require_compressed
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -74,6 +74,7 @@ def pack(model: Model) -> Model:
     """
     for embedding in require_compressed(model).values():
         embedding.pack()
+    keep_from_broadcasts(model)
     return model
 
 

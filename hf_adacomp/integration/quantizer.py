@@ -18,7 +18,7 @@ from .checkpoint import check_stored, check_tables, stored_tensors
 from .layout import check_layout, empty_table, table_layout, tensor_checksums
 from .methods import give_methods, take_methods
 from .surgery import install, put
-from .tables import compressed_embeddings, compressed_heads, config_ties, matching_table
+from .tables import compressed_embeddings, compressed_heads, config_ties, keep_from_broadcasts, matching_table
 
 
 class AdaCompHfQuantizer(HfQuantizer):
@@ -75,6 +75,7 @@ class AdaCompHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             install(model, self.quantization_config)
             give_methods(model)
+            keep_from_broadcasts(model)
             return model
         for name, embedding in compressed_embeddings(model).items():
             del embedding.__dict__["weight"]
@@ -84,6 +85,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             embedding.loading = False
             embedding.train(embedding.training)
         give_methods(model)
+        keep_from_broadcasts(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -178,6 +180,7 @@ def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:
     model.config.quantization_config = quantizer.quantization_config
     compat.set_quantizer(model, quantizer)
     give_methods(model)
+    keep_from_broadcasts(model)
 
 
 def detach(model: PreTrainedModel) -> None:

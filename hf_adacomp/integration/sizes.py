@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 from ..codes.bits import group_bytes, index_bits, packed_bytes
 from .tables import require_compressed, untied_heads
@@ -59,7 +58,7 @@ class SizeReport:
         return "\n".join(lines)
 
 
-def size_report(model: nn.Module) -> SizeReport:
+def size_report(model: Any, settled: bool = False) -> SizeReport:
     """Stored size of the compressed tables of `model`, as if packed now.
 
     >>> import torch
@@ -69,10 +68,14 @@ def size_report(model: nn.Module) -> SizeReport:
     >>> model = compress(model, AdaCompConfig(target_ratio=20), 1000 // torch.arange(1, 1001))
     >>> size_report(model).ratio >= 20
     True
+
+    Args:
+        model: With compressed tables.
+        settled: Take the lengths of the last training step or evaluation, and do not solve for those of this moment.
     """
     parts = []
     for embedding in require_compressed(model).values():
-        lengths = embedding.code_lengths()
+        lengths = embedding.code_lengths(settled)
         tokens = {length: int((lengths == length).sum()) for length in embedding.config.ladder}
         parts.append(
             SizeReport(

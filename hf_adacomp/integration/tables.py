@@ -66,6 +66,15 @@ def compressed_heads(model: Any) -> dict[str, CompressedHead]:
     return {name: module for name, module in named_modules(model).items() if isinstance(module, CompressedHead)}
 
 
+def keep_from_broadcasts(model: Any) -> None:
+    """Have DDP leave the buffers of a model's tables alone: they are constants, and as large as the table."""
+    if isinstance(model, nn.Module):
+        tables = compressed_embeddings(model).items()
+        compat.spare_broadcasts(
+            model, [f"{name}.{buffer}" for name, table in tables for buffer, _ in table.named_buffers()]
+        )
+
+
 def config_ties(model: PreTrainedModel) -> bool:
     """Whether the model's config asks for an output head that is tied to the table."""
     return bool(getattr(model.config, "tie_word_embeddings", False))

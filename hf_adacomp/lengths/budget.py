@@ -12,6 +12,9 @@ from ..codes.bits import index_bits, packed_bytes
 BISECTIONS = 60
 """Halvings of the interval of prices: down to the resolution of float64."""
 
+NEAR = 0.02
+"""How far from a guess the price is looked for first, as a share of it: a step of training moves it by less."""
+
 
 def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes: int, target_ratio: float) -> int:
     """Bits available for the codes of all tokens: the size that `target_ratio` allows, less all else that is stored.
@@ -41,7 +44,7 @@ def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes
     return 8 * (stored - fixed)
 
 
-def assign_lengths(scores: Tensor, ladder: Tensor, budget: int) -> tuple[Tensor, float]:
+def assign_lengths(scores: Tensor, ladder: Tensor, budget: int, guess: float = 0.0) -> tuple[Tensor, float]:
     """The assignment of code lengths with the best total score among those that keep the budget.
 
     Each token takes `argmax_k scores_{w,k} - price * L_k` at the least price at which the codes fit. Where tokens tie
@@ -51,38 +54,46 @@ def assign_lengths(scores: Tensor, ladder: Tensor, budget: int) -> tuple[Tensor,
         scores: (V, n).
         ladder: (n,) code lengths in bits, increasing.
         budget: Bits available for all codes; at least V times the shortest length.
+        guess: A price near the one to be found, which is then found faster; 0 if none is known.
 
     Returns:
         The index of each token's length, (V,) int64, and the price.
     """
-    scores = scores.detach().to(torch.float64)
     if not torch.isfinite(scores).all():
         raise ValueError("selection scores hold NaN or Inf: the training loss diverged; lower the learning rate")
     if len(scores) * int(ladder[0]) > budget:
         raise ValueError(f"{len(scores)} codes of at least {int(ladder[0])} bits do not fit into {budget} bits")
-    bits = ladder.to(scores.dtype)
+    columns = scores.detach().to(torch.float64).T.contiguous()
+    lengths = ladder.tolist()
 
-    def choose(price: float, tokens: Tensor | slice = slice(None)) -> Tensor:
-        return (scores[tokens] - price * bits).argmax(dim=1)
+    def choose(price: float, columns: Tensor = columns) -> Tensor:
+        best, choice = columns[0] - price * lengths[0], torch.zeros_like(columns[0], dtype=torch.int64)
+        for k, length in enumerate(lengths[1:], 1):  # argmax over so few is slower
+            value = columns[k] - price * length
+            choice.masked_fill_(value > best, k)
+            best = torch.maximum(best, value)
+        return choice
 
     def used(choice: Tensor) -> int:
         return int(ladder[choice].sum())
 
-    longer = choose(0.0)
-    if used(longer) <= budget:
-        return longer, 0.0
-    low, high = 0.0, max(1e-30, float((scores.amax(1) - scores.amin(1)).max()))
+    # An interval of prices: codes are too long at `low` (choices `longer`), and fit at `high` (`assignment`).
+    low, high = guess * (1 - NEAR), guess * (1 + NEAR) or max(1e-30, float((columns.amax(0) - columns.amin(0)).max()))
+    while used(longer := choose(low)) <= budget:
+        if low == 0:
+            return longer, 0.0
+        low, high = (low / 2 if low > 1e-30 else 0.0), low
     while used(assignment := choose(high)) > budget:
-        high *= 2
-    # Bisection over the price. A token never takes a longer code at a higher price, so that only those whose choices at
-    # the two ends differ are looked at again.
+        low, high, longer = high, 2 * high, assignment
+    # Bisection. A token never takes a longer code at a higher price, so that only those whose choices at the two ends
+    # differ are looked at again.
     open_tokens = (longer != assignment).nonzero().squeeze(1)
     spare = budget - used(assignment)
     for _ in range(BISECTIONS):
         if not len(open_tokens):
             break
         middle = (low + high) / 2
-        choice = choose(middle, open_tokens)
+        choice = choose(middle, columns[:, open_tokens])
         cost = used(choice) - used(assignment[open_tokens])
         if cost > spare:
             low = middle
@@ -92,9 +103,10 @@ def assign_lengths(scores: Tensor, ladder: Tensor, budget: int) -> tuple[Tensor,
             assignment[open_tokens] = choice
             spare -= cost
         open_tokens = open_tokens[longer[open_tokens] != assignment[open_tokens]]
-    extra = (ladder[longer] - ladder[assignment])[open_tokens]
-    gain = (scores.gather(1, longer[:, None]) - scores.gather(1, assignment[:, None])).squeeze(1)[open_tokens]
+    ends = longer[open_tokens], assignment[open_tokens]
+    extra = ladder[ends[0]] - ladder[ends[1]]
+    gain = columns[ends[0], open_tokens] - columns[ends[1], open_tokens]
     order = torch.argsort(gain / extra, descending=True, stable=True)
-    upgraded = open_tokens[order[extra[order].cumsum(0) <= spare]]
-    assignment[upgraded] = longer[upgraded]
+    upgraded = order[extra[order].cumsum(0) <= spare]
+    assignment[open_tokens[upgraded]] = ends[0][upgraded]
     return assignment, high

@@ -103,4 +103,4 @@ class LengthSelector(KeptDtype):
     def solve(self, budget: int) -> tuple[Tensor, float]:
         """The index of each token's code length, (V,) int64, and the price at which the codes keep the budget."""
         ladder = torch.tensor(self.ladder, device=self.price.device)
-        return assign_lengths(self.scores(), ladder, budget)
+        return assign_lengths(self.scores(), ladder, budget, guess=float(self.price))

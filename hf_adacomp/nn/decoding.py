@@ -58,6 +58,10 @@ class LearnedCodes:
         """Length index of every token, uint8 (V,)."""
         return self.state.assignment
 
+    def order(self) -> Tensor:
+        """All tokens by code length, and by id where it is the same, int64 (V,)."""
+        return self.assignment().argsort(stable=True)
+
     @property
     def tokens_per_length(self) -> list[int]:
         """How many tokens have each code length."""

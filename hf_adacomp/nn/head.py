@@ -113,14 +113,14 @@ class CompressedHead(_Borrower):
 
     def _few(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
-        codes, order = decoder.codes, decoder.codes.assignment().argsort(stable=True)
+        codes = decoder.codes
         by_length = [
             self._sums(book, codes.group(k), tokens, rows)
             for k, (book, tokens) in enumerate(zip(decoder.books, codes.tokens_per_length, strict=True))
             if tokens
         ]
         by_group = torch.cat(by_length)
-        logits = torch.zeros_like(by_group).index_copy(0, order, by_group)
+        logits = torch.zeros_like(by_group).index_copy(0, codes.order(), by_group)
         if decoder.zero_token is not None:
             logits[decoder.zero_token] = 0
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)

@@ -76,6 +76,11 @@ class CodedTable(nn.Module):
         config = self.config
         return code_budget(self.num_embeddings, self.embedding_dim, config.ladder, books, config.target_ratio)
 
+    def check_size(self) -> None:
+        """Raise ValueError if frozen lengths exceed what `config.target_ratio` leaves for them."""
+        if self.training_state is not None:
+            self.training_state.check_size(self.budget())
+
     def warm_start(
         self, token_counts: Tensor | None = None, metric: Tensor | None = None, show_progress: bool = True
     ) -> None:
@@ -158,11 +163,17 @@ class CodedTable(nn.Module):
         """Occurrences of each token in the training data, (V,); only until it is packed."""
         return self.require_training("token_counts").token_counts
 
-    def code_lengths(self) -> Tensor:
-        """Bits of each token's code, (V,) int64, as they would be packed now."""
+    def code_lengths(self, settled: bool = False) -> Tensor:
+        """Bits of each token's code, (V,) int64, as they would be packed now.
+
+        Args:
+            settled: Take those of the last training step or evaluation, without solving for those of this moment.
+        """
         self.ensure_warm()
         if self.training_state is None:
             assignment = self.require_packed().assignment()
+        elif settled:
+            assignment = self.training_state.assignment
         else:
             assignment = self.training_state.hard_assignment(self.budget())[0]
         return torch.tensor(self.config.ladder, device=assignment.device)[assignment.to(torch.int64)]

@@ -173,6 +173,17 @@ class TrainingState(nn.Module):
         if self.phase != "encode":
             self.settle(budget)
             self.stage.fill_(ENCODE)
+        self.check_size(budget)
+
+    def check_size(self, budget: int) -> None:
+        """Raise ValueError if frozen lengths exceed the budget."""
+        ladder = torch.tensor(self.config.ladder, device=self.assignment.device)
+        if self.phase == "encode" and (used := int(ladder[self.assignment.long()].sum())) > budget:
+            raise ValueError(
+                f"target_ratio={self.config.target_ratio:g} leaves {budget} bits for codes, but the lengths of the "
+                f"checkpoint, which are frozen, take {used}: resume with the target_ratio it was trained with, or "
+                "start anew"
+            )
 
     def validate(self, name: str) -> None:
         """Raise ValueError if a tensor holds what training never does."""

@@ -1,0 +1,114 @@
+"""Ways to train in several processes. Usage: ways.py FOLDER WAY; every process writes its table to FOLDER/rank<N>."""
+
+import sys
+from pathlib import Path
+
+import torch
+from conftest import LENGTHS, VOCABULARY, tiny_bert_config
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+
+from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, pack
+
+CONFIG = AdaCompConfig(LENGTHS, target_ratio=32, select_fraction=0.5)
+STEPS = 8
+
+
+class Stream(IterableDataset):
+    """Rows that differ between processes."""
+
+    def __iter__(self):
+        draw = torch.Generator().manual_seed(dist.get_rank())
+        while True:
+            ids = torch.randint(0, VOCABULARY, (8,), generator=draw)
+            yield {"input_ids": ids, "labels": ids[0] % 2}
+
+
+def model_of_seed(seed: int) -> BertForSequenceClassification:
+    set_seed(seed)
+    return BertForSequenceClassification(tiny_bert_config(num_hidden_layers=1))
+
+
+def by_trainer(folder: Path, **settings) -> torch.nn.Module:
+    arguments = TrainingArguments(
+        str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-3, **settings
+    )
+    model = compress(model_of_seed(0), CONFIG)
+    trainer = Trainer(model, arguments, train_dataset=Stream(), callbacks=[AdaCompCallback()])
+    trainer.train()
+    return model.get_input_embeddings()
+
+
+def loop(model: torch.nn.Module, table, wrapped: torch.nn.Module) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rows = iter(Stream())
+    for step in range(STEPS):
+        batch = [next(rows) for _ in range(4)]
+        wrapped(**{key: torch.stack([row[key] for row in batch]) for key in batch[0]}).loss.backward()
+        table.step(step / STEPS, show_progress=False)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def by_hand(seed: int = 0, **settings) -> torch.nn.Module:
+    """DDP in a loop, the phases of the table included."""
+    model = compress(model_of_seed(seed), CONFIG).train()
+    table = model.get_input_embeddings()
+    loop(model, table, DistributedDataParallel(model, **settings))
+    table.check_ranks()
+    table.pack()
+    return table
+
+
+def apart() -> torch.nn.Module:
+    """No DDP at all: each process trains a model of its own."""
+    model = compress(model_of_seed(0), CONFIG).train()
+    loop(model, model.get_input_embeddings(), model)
+    return model.get_input_embeddings()
+
+
+def sharded() -> torch.nn.Module:
+    """A packed model under FSDP2."""
+    model = pack(compress(model_of_seed(0), CONFIG, torch.arange(VOCABULARY))).train()
+    table = model.get_input_embeddings()
+    before = {name: tensor.clone() for name, tensor in table.named_parameters()}
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    loop(model, table, model)
+    gathered = {name: tensor.full_tensor().detach() for name, tensor in table.named_parameters()}
+    assert not any(torch.equal(before[name], tensor) for name, tensor in gathered.items())
+    return gathered
+
+
+def main(folder: Path, way: str) -> None:
+    torch.set_num_threads(1)
+    common = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    if way in ("streams", "checkpointing"):
+        settings = (
+            {"accelerator_config": {"dispatch_batches": False}}
+            if way == "streams"
+            else {"gradient_checkpointing": True}
+        )
+        table = by_trainer(folder, **common, **settings)
+    else:
+        dist.init_process_group("gloo")
+        ways = {
+            "static_graph": lambda: by_hand(static_graph=True),
+            "other_start": lambda: by_hand(seed=dist.get_rank()),
+            "apart": apart,
+            "sharded": sharded,
+        }
+        table = ways[way]()
+    state = table if isinstance(table, dict) else table.state_dict()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, folder / f"rank{dist.get_rank()}.safetensors"
+    )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
