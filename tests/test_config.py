@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+import torch
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from hf_adacomp import AdaCompConfig
@@ -30,6 +32,9 @@ from hf_adacomp.integration.quantizer import register
         ({"codebook_dtype": "int3"}, r"got 'int3'"),
         ({"head": "none"}, r"got 'none'"),
         ({"seed": 0.5}, r"got 0.5"),
+        ({"seed": 2**32}, r"seed must be from 0 to 4294967295; got 4294967296"),
+        ({"seed": -1}, r"seed must be from 0"),
+        ({"observe_fraction": -0.1}, r"observe_fraction must be between 0 and 1; got -0.1"),
         ({"format_version": 1}, r"format_version=1 .* before its first release.* compress the dense model again"),
         ({"format_version": 99}, r"format_version=99 .* upgrade hf_adacomp"),
         ({"quant_method": "gptq"}, r"got 'gptq'"),
@@ -39,6 +44,13 @@ from hf_adacomp.integration.quantizer import register
 def test_refuses_and_quotes_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         AdaCompConfig(**settings)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    plain = AdaCompConfig((4, 8, 32), target_ratio=3.0, seed=1, tied=False)
+    assert plain == AdaCompConfig(np.array([4, 8, 32]), target_ratio=np.float32(3), seed=np.int64(1), tied=np.False_)
+    assert plain == AdaCompConfig([torch.tensor(4), 8, 32], target_ratio=torch.tensor(3.0), seed=1, tied=False)
+    assert json.loads(json.dumps(plain.to_dict()))["code_lengths"] == [4, 8, 32]
 
 
 def test_unknown_setting_is_an_error():

@@ -22,7 +22,8 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     peak = exact.abs().amax(dim=1, keepdim=True)
     if bits in CLIP:
         peak = peak.minimum(CLIP[bits] * exact.square().mean(dim=1, keepdim=True).sqrt())
-    scale = (peak / most).clamp_min(torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    scale = (peak / most).to(weight.dtype)
+    scale = scale.masked_fill(scale == 0, torch.finfo(weight.dtype).tiny)
     return (exact / scale).round().clamp(-most, most).to(torch.int8), scale
 
 

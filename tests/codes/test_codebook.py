@@ -171,3 +171,14 @@ def test_a_step_of_the_optimizer_moves_vectors_by_about_sqrt_half_length_steps(l
     moved = (before - decode(module, bits)).abs()
     assert torch.allclose(moved, torch.full_like(moved, 1e-3 * length * module.rate), rtol=1e-2)
     assert module.rate == pytest.approx(min(1, (2 / length) ** 0.5))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_float16_rows_are_rounded_as_well_as_float32_ones(bits, size):
+    weight = (size * torch.randn(40, 64)).half()
+    errors = [
+        float(((integers * scale.float() - weight.float()) ** 2).mean())
+        for integers, scale in (quantize_rows(weight, bits), quantize_rows(weight.float(), bits))
+    ]
+    assert errors[0] < 1.02 * errors[1]

@@ -249,3 +249,17 @@ def test_without_importing_the_plugin_transformers_makes_random_embeddings(packe
 def test_import_brings_nothing_that_only_training_needs():
     code = "import sys, hf_adacomp; sys.exit('transformers.trainer_utils' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("form", ["training", "packed"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tables_that_hold_no_numbers_are_not_saved(bert, config, counts, tmp_path, form, value):
+    table = compress(bert, config, counts).get_input_embeddings()
+    table.step(0.1)
+    if form == "packed":
+        pack(bert)
+    with torch.no_grad():
+        table.book(0).bias[0] = value
+    with pytest.raises(ValueError, match=r"codebooks.0.bias holds NaN or Inf: the training has diverged"):
+        bert.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()

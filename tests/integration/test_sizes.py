@@ -21,6 +21,14 @@ def test_report_before_packing_is_the_report_after(bert, config, counts):
     assert after.bits_per_token == sum(length * n for length, n in after.tokens_per_length.items()) / VOCABULARY
 
 
+def test_settled_lengths_are_those_of_the_last_step(bert, config, counts):
+    table = compress(bert, config, counts).get_input_embeddings()
+    before = size_report(bert)
+    with torch.no_grad():
+        table.training_state.selector.offset[:, 0] += torch.rand(VOCABULARY)
+    assert size_report(bert, settled=True) == before != size_report(bert)
+
+
 def test_prints_a_table(packed_bert):
     text = str(size_report(packed_bert))
     for part in ("dense float32 table           65,536 bytes", "code-books", "ratio", "bits a token", "   20 bits"):

@@ -35,10 +35,14 @@ def selections(draw):
     return torch.tensor(scores, dtype=torch.float64), torch.tensor(lengths), bits
 
 
-@given(selections())
-def test_assignment_fits_and_wastes_less_than_one_step_up(selection):
+guesses = st.floats(0, 10) | st.sampled_from([1e-40, 1e6])
+"""Prices that somebody takes for near."""
+
+
+@given(selections(), guesses)
+def test_assignment_fits_and_wastes_less_than_one_step_up(selection, guess):
     scores, lengths, bits = selection
-    assignment, price = assign_lengths(scores, lengths, bits)
+    assignment, price = assign_lengths(scores, lengths, bits, guess)
     used = int(lengths[assignment].sum())
     assert used <= bits
     assert price >= 0
@@ -46,15 +50,15 @@ def test_assignment_fits_and_wastes_less_than_one_step_up(selection):
         assert torch.equal(assignment, scores.argmax(1))
 
 
-@given(selections())
+@given(selections(), guesses)
 @settings(max_examples=50)
-def test_assignment_is_the_best_among_all_that_take_no_more_bits(selection):
+def test_assignment_is_the_best_among_all_that_take_no_more_bits(selection, guess):
     scores, lengths, bits = selection
     scores = scores[:5]
     bits = min(bits, int(lengths[-1]) * len(scores))
     if len(scores) * int(lengths[0]) > bits:
         return
-    assignment, _ = assign_lengths(scores, lengths, bits)
+    assignment, _ = assign_lengths(scores, lengths, bits, guess)
     used = int(lengths[assignment].sum())
     best = max(
         float(scores[range(len(scores)), list(choice)].sum())
