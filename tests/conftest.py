@@ -23,6 +23,8 @@ from hf_adacomp import AdaCompConfig
 # Tiny tensors: threads cost more than they save. Who sets the variable wants to see that their number does not matter.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
+collect_ignore = ["trust/fuzz_config.py"]  # a script for atheris, which pytest would import to look for doctests
+
 VOCABULARY = 512
 LENGTHS = (4, 8, 20)
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -1,5 +1,7 @@
 """What a text classifier loses where single tokens lose their vectors: the exact damage, measured on whole texts."""
 
+from itertools import islice
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,10 +11,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_adacomp import AdaCompConfig, compress
-from hf_adacomp.integration.metric import task_metrics
 
 DRAWS = 3
 """Tokens of each text whose vectors are replaced, one at a time."""
+
+OBSERVED_BATCHES = 64
+"""Batches whose loss tells the metric."""
 
 LEAST_TIMES = 3
 """A token met less often says too little."""
@@ -30,7 +34,12 @@ def shortest_codes(
         return embedding.books[0].reconstruct(embedding.training_state.source, embedding.training_state.metric)
 
     euclidean = decoded()
-    embedding.warm_start(metric=task_metrics(model, [embedding], batches)[embedding])
+    model.train()
+    for batch in islice(batches, OBSERVED_BATCHES):
+        model(**batch).loss.backward()
+        embedding.step(0.0)
+        model.zero_grad()
+    embedding.end_observation()
     return decoded(), euclidean
 
 

@@ -137,7 +137,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if before != "encode":
             state.recount()
         if state.observing and fraction >= self.config.observe_fraction:
-            self._warn_of_what_is_missing(state)
+            self._warn_of_missing_gradients(state)
             self.end_observation(show_progress)
             take_from_first(self._tensors())
         state.advance(fraction, self.budget())
@@ -172,23 +172,17 @@ class AdaptiveCompressedEmbedding(CodedTable):
                 )
         self.diverged = not finite
 
-    def _warn_of_what_is_missing(self, state: TrainingState) -> None:
-        missing = {
-            "how often each token occurs (give AdaCompConfig's compress token_counts=...)": bool(
-                state.observation.counting and not state.token_counts.any()
-            ),
-            "which directions matter (AdaCompConfig(significance=False) does without)": self.config.measured
-            and not state.observation.moments.any(),
-        }
-        for what, is_missing in missing.items():
-            if is_missing:
-                logger.warning("no gradient reached the table while it was observed, so that nothing tells %s", what)
+    def _warn_of_missing_gradients(self, state: TrainingState) -> None:
+        if self.config.measured and not state.observation.moments.any():
+            logger.warning(
+                "no gradient reached the table while it was observed: neither tokens were counted nor directions "
+                "measured. Pass token_counts to compress(), and AdaCompConfig(significance=False) if that is as meant"
+            )
 
     def freeze_lengths(self) -> None:
         """Freeze each token's most likely code length within the budget. Afterwards only codes are learned."""
         state = self.require_training("freeze_lengths")
         self.end_observation()
-        self.ensure_warm()
         state.freeze(self.budget())
 
     @torch.no_grad()

@@ -88,11 +88,11 @@ class Observation(KeptDtype):
         self._moments = moments if self._moments is None else self._moments.add_(moments)
 
     @torch.no_grad()
-    def collect(self, measure: bool) -> Tensor:
+    def collect(self, measure: bool) -> tuple[Tensor, bool]:
         """Add what came since the last call, on all ranks, to what is known; all ranks must call it together.
 
         Returns:
-            The counts that came, (V,) int64.
+            The counts that came, (V,) int64, and whether anything came.
         """
         counts = torch.zeros_like(self.token_counts) if self._counts is None else self._counts
         moments = self._moments
@@ -100,12 +100,14 @@ class Observation(KeptDtype):
         if self.counting:
             counts = sum_over_ranks(counts)
             self.token_counts += counts
+        came = bool(counts.any())
         if measure:
             if moments is None:
                 moments = torch.zeros(self.moment_bits.shape, dtype=torch.float64)
-            total = sum_over_ranks(moments.to(self.moment_bits.device))
-            self.moment_bits.copy_((self.moments + total.cpu()).view(torch.int64))
-        return counts
+            total = sum_over_ranks(moments.to(self.moment_bits.device)).cpu()
+            came = came or bool(total.any())
+            self.moment_bits.copy_((self.moments + total).view(torch.int64))
+        return counts, came
 
     @property
     def moments(self) -> Tensor:

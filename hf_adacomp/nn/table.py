@@ -105,32 +105,27 @@ class CodedTable(nn.Module):
         if not state.observation.counting and (metric is not None or not self.config.measured):
             state.end_observation()
 
-    def end_observation(self, show_progress: bool = True) -> None:
-        """Fit code-books and selection to what was observed so far; learn lengths from here on."""
-        state = self.require_training("end_observation")
-        if not state.observing:
-            return
-        counted = state.observation.counting and state.token_counts.any()
-        metric = state.observation.measured_metric() if self.config.measured else None
-        if counted or metric is not None:
-            self.warm_start(metric=metric, show_progress=show_progress)
-        self.ensure_warm()
-        state.end_observation()
-
     @property
     def cold(self) -> bool:
-        """Whether there is a warm start to come."""
+        """Whether code-books are yet to be fitted, or to what was observed since they were."""
         return self.training_state is not None and not self.training_state.warm
 
-    def ensure_warm(self) -> None:
-        """Fit the code-books if nobody did, with a warning if nothing was counted yet."""
-        if self.cold and not self.token_counts().any():
+    def ensure_warm(self, show_progress: bool = True) -> None:
+        """Fit the code-books to what was observed so far, unless they are; a warning if nothing was counted yet."""
+        if not self.cold:
+            return
+        if not self.token_counts().any():
             logger.warning(
                 "AdaptiveCompressedEmbedding is used before its warm start: fitting without token counts. Pass "
                 "token_counts to compress(), or train with AdaCompCallback(), which counts what the training uses"
             )
-        if self.cold:
-            self.warm_start()
+        metric = self.require_training("ensure_warm").observation.measured_metric() if self.config.measured else None
+        self.warm_start(metric=metric, show_progress=show_progress)
+
+    def end_observation(self, show_progress: bool = True) -> None:
+        """Fit code-books and selection to what was observed so far; learn lengths from here on."""
+        self.ensure_warm(show_progress)
+        self.require_training("end_observation").end_observation()
 
     def decoder(self) -> Decoder | SourceVectors:
         """From tokens to vectors as they are due now, for one forward pass.

@@ -128,7 +128,9 @@ class TrainingState(nn.Module):
 
     def recount(self) -> None:
         """Collect counts, on all ranks together; while lengths are learned, tokens weigh by them from here on."""
-        added = self.observation.collect(self.observing and self.config.measured)
+        added, came = self.observation.collect(self.observing and self.config.measured)
+        if self.observing and came:
+            self.warm_started.zero_()  # a fit that evaluation asked for knew less
         if self.observing or not self.observation.counting:
             return
         before, now = self.observation.expected_counts, self.observation.expected_counts + added

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, keep_tokens, pack
-from hf_adacomp.integration.layout import sealed, tensor_checksum
+from hf_adacomp.codes.bits import checksum
+from hf_adacomp.integration.layout import sealed
 
 NAME = "bert.embeddings.word_embeddings"
 TRILLION = 10**12
@@ -280,7 +281,7 @@ def test_an_index_beyond_the_number_of_books_is_named_even_with_a_matching_check
     lengths = tensors[f"{NAME}.packed.length_indices"]
     lengths[5] = 0b11  # of three books
     quantization = config["quantization_config"]
-    quantization["tables"][NAME]["tensor_checksums"]["packed.length_indices"] = tensor_checksum(lengths)
+    quantization["tables"][NAME]["tensor_checksums"]["packed.length_indices"] = checksum(lengths)
     seal(quantization)
     assert f"{NAME}.packed.length_indices gives" in outcome(model, save(tensors, {"format": "pt"}), config)
 

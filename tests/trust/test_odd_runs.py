@@ -64,11 +64,12 @@ def test_learning_rate_zero_moves_nothing(tmp_path):
 
     class Remember(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
-            if state.global_step == 0:
+            if state.global_step == 2:  # when the code-books have been fitted
                 self.before = {name: value.clone() for name, value in model.named_parameters()}
 
         def on_step_end(self, args, state, control, model, **kwargs):
-            assert all(torch.equal(self.before[name], value) for name, value in model.named_parameters())
+            if state.global_step > 2:
+                assert all(torch.equal(self.before[name], value) for name, value in model.named_parameters())
 
     new_trainer(model, tmp_path, [Remember()], learning_rate=0.0, max_steps=4).train()
 
