@@ -10,8 +10,12 @@ import pytest
 import torch
 from conftest import child_environment
 from safetensors.torch import load_file
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from hf_adacomp import compress
+from hf_adacomp import AdaCompCallback, compress, pack
+from hf_adacomp.integration.tables import compressed_embeddings
 
 SCRIPT = Path(__file__).with_name("train.py")
 ROWS = 8
@@ -73,7 +77,33 @@ def test_fsdp_on_the_cpu_trains_as_ddp_does(two, tmp_path):
     assert [differing(a, b) for a, b in zip(replicated, found, strict=True)] == [[], []]
 
 
-def test_nothing_as_large_as_the_table_is_broadcast(bert, config, counts):
-    """DDP broadcasts buffers on every forward pass."""
-    table = compress(bert, config, counts).get_input_embeddings()
-    assert sum(buffer.nbytes for buffer in table.buffers()) < table.num_embeddings + 100
+class Wrapper(torch.nn.Module):
+    """A larger model around the one that was compressed, as sentence-transformers and SetFit have it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize("form", ["training", "packed", "loaded", "wrapped"])
+def test_no_buffer_of_the_table_is_broadcast(bert, config, counts, tmp_path, form):
+    """DDP broadcasts buffers on every forward pass: these are constants, and as large as the table."""
+    model = compress(bert, config, counts)
+    if form in ("packed", "loaded"):
+        pack(model)
+    if form == "loaded":
+        model.save_pretrained(tmp_path)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    if form == "wrapped":
+        model = Wrapper(model)
+        AdaCompCallback().on_init_end(TrainingArguments(str(tmp_path)), None, None, model=model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        broadcast = DistributedDataParallel(model).modules_buffers
+    finally:
+        dist.destroy_process_group()
+    (table,) = compressed_embeddings(model).values()
+    own = {id(buffer) for buffer in table.buffers()}
+    assert len(own) > 1
+    assert not own & {id(buffer) for buffer in broadcast}
+    assert broadcast
