@@ -11,7 +11,7 @@ from ..codes.rounding import codebook_bytes
 from ..config import AUTO, AdaCompConfig
 from ..lengths.budget import assign_lengths, code_budget
 from .spectrum import binary_code_distortion, principal_axes
-from .token_counts import checked_counts, token_weights, zipf_counts
+from .token_counts import checked_counts, token_weights, typical_counts
 
 SHORTEST = (4, 8, 16, 32, 64)
 LONGEST = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -40,14 +40,14 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
 
     Args:
         source: The table, (V, d).
-        token_counts: Occurrences of each token, (V,); all zero if unknown, which then are taken to follow Zipf's law.
+        token_counts: Occurrences of each token, (V,); all zero if unknown: `typical_counts` then.
         config: The settings; its `code_lengths` are ignored.
 
     Raises:
         ValueError: If no ladder fits the size; the message gives the largest ratio that does.
     """
     num_tokens, dim = source.shape
-    counts = token_counts if token_counts.any() else zipf_counts(num_tokens)
+    counts = token_counts if token_counts.any() else typical_counts(num_tokens)
     weights = token_weights(counts.to(source.device) + 0.5)
     rows = slice(None, None, -(-num_tokens // SPECTRUM_ROWS))
     mean, _, variances = principal_axes(source[rows].detach().to(torch.float32), weights[rows])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+OCCURRENCES = 4
+"""Of the most frequent token, by guess: so many times V over its rank."""
+
 FITTED_TOKENS = 1 << 15
 LARGEST_COUNT = 20.0
 LARGEST_LOG_RATE = 6.0
@@ -83,6 +86,12 @@ def token_weights(counts: Tensor) -> Tensor:
     return counts.sqrt()
 
 
-def zipf_counts(num_tokens: int) -> Tensor:
-    """Counts by Zipf's law where none are known: the token of rank r occurs V / r times, (V,) int64."""
-    return num_tokens // torch.arange(1, num_tokens + 1)
+def typical_counts(num_tokens: int) -> Tensor:
+    """Counts where none are known, (V,) int64: Zipf's law for a third of the tokens, the others do not occur.
+
+    So are training texts of the usual tasks: of MiniLM's 30,522 tokens a fifth (SNLI) to a half (UD-EWT) occur, 2 to
+    8 times V in all.
+    """
+    counts = OCCURRENCES * num_tokens // torch.arange(1, num_tokens + 1)
+    counts[max(1, num_tokens // 3) :] = 0
+    return counts
