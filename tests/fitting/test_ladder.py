@@ -5,7 +5,6 @@ from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
 from hf_adacomp.fitting.ladder import choose_ladder
 from hf_adacomp.fitting.token_counts import typical_counts
 
-
 ZIPF = 4000 // torch.arange(1, 4001)
 
 
