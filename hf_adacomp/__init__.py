@@ -13,8 +13,9 @@ Words, each for one thing:
     budget       bits that all codes of a table may take, so that the table meets `target_ratio`
     metric       a matrix that says how much an error in each direction of a vector costs the task
     significance how much the task depends on a direction (measured for the metric) or on a token (analysed)
-    warm start   code-books and selection costs fitted to the source, before training
-    phase        select: lengths are learned; encode: codes are; packed: bits are stored, the source is gone
+    observation  what training shows of a table at its beginning: token counts, and the gradients behind the metric
+    warm start   code-books and selection costs fitted to the source by what was observed
+    phase        observe: the source is in use; select: lengths are learned; encode: codes are; packed: bits are stored
 
 Rooms, each built on those before it:
 

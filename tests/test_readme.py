@@ -1,11 +1,14 @@
 """The README's example runs as written."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, child_environment
 from transformers import BertForSequenceClassification
 
 from hf_adacomp.cli import _parser
@@ -13,18 +16,40 @@ from hf_adacomp.cli import _parser
 README = Path(__file__).parents[1] / "README.md"
 
 
+def example() -> str:
+    """The first one, save that the tiny table cannot be 80 times smaller."""
+    text = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    return text.replace("target_ratio=80", "code_lengths=(4, 8, 20), target_ratio=32")
+
+
 @pytest.mark.usefixtures("quick_fit")
 def test_example_runs(bert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bert.save_pretrained("my-finetuned-model")
     rows = [{"input_ids": torch.randint(0, VOCABULARY, (9,)), "labels": i % 2} for i in range(32)]
-    example = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
-    # The tiny table cannot be 80 times smaller.
-    example = example.replace("target_ratio=80", "code_lengths=(4, 8, 20), target_ratio=32")
     names = {"train_dataset": rows}
-    exec(compile(example, str(README), "exec"), names)
+    exec(compile(example(), str(README), "exec"), names)
     assert isinstance(names["model"], BertForSequenceClassification)
     assert names["model"].get_input_embeddings().phase == "packed"
+
+
+def test_line_for_several_processes_starts_two(bert, tmp_path):
+    bert.save_pretrained(tmp_path / "my-finetuned-model")
+    (line,) = re.findall(r"`(torchrun [^`]*train\.py)`", README.read_text(encoding="utf-8"))
+    (tmp_path / "train.py").write_text(
+        "import torch\n"
+        "torch.manual_seed(0)\n"
+        f"train_dataset = [{{'input_ids': torch.randint(0, {VOCABULARY}, (9,)), 'labels': i % 2}} for i in range(64)]\n"
+        f"{example().partition('trainer.save_model')[0]}\n"  # which the first rank does alone
+        "open(f'rank{trainer.args.process_index}', 'w').write(model.get_input_embeddings().phase)\n"
+    )
+    environment = {**child_environment(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    done = subprocess.run(
+        line.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["packed", "packed"]
 
 
 def test_commands_are_understood():
