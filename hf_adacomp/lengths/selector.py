@@ -33,7 +33,7 @@ class _Amplify(torch.autograd.Function):
 def gumbel_noise(tokens: int, lengths: int, seed: int, device: torch.device) -> Tensor:
     """Gumbel(0, 1) noise of all tokens, float32 (tokens, lengths): a function of the arguments."""
     generator = torch.Generator(device).manual_seed(seed)
-    return -torch.empty(tokens, lengths, device=device).exponential_(generator=generator).log()
+    return -torch.empty(tokens, lengths, device=device, dtype=torch.float32).exponential_(generator=generator).log()
 
 
 class LengthSelector(KeptDtype):

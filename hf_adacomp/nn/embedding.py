@@ -167,7 +167,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
             if not self.diverged:
                 logger.warning(
                     "the gradients of the loss are NaN or Inf after %.2f %% of training: they are left out for the "
-                    "compressed table, which stays as it is. If the loss stays so, lower the learning rate",
+                    "compressed table, which stays as it is. A GradScaler that looks for its scale overflows now and "
+                    "then; if the loss stays so, lower the learning rate",
                     100 * fraction,
                 )
         self.diverged = not finite
@@ -201,14 +202,29 @@ class AdaptiveCompressedEmbedding(CodedTable):
         """Vectors of the ids, int32 or int64 of any shape -> (..., d)."""
         if input.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
-        self.reached = True
-        ids, state = input.to(torch.int64), self.training_state
+        ids = input.to(torch.int64)
+        if self.training_state is not None:
+            learned: Tensor = self._look_up_in_training(ids, self.training_state)
+            return learned
         vectors = self.decoder().look_up(ids)
-        if state is not None and state.phase == "select" and state.observation.counting and vectors.requires_grad:
+        return vectors if torch.compiler.is_compiling() else self._with_all_parameters(vectors)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # phases change, and shapes depend on values
+    def _look_up_in_training(self, ids: Tensor, state: TrainingState) -> Tensor:
+        self.reached = True
+        vectors = self.decoder().look_up(ids)
+        if state.phase != "select":
+            return self._with_all_parameters(vectors)
+        if state.observation.counting and vectors.requires_grad:
             state.observation.watch_look_up(ids, vectors, measure=False)
-        if self.training and torch.is_grad_enabled() and self.phase != "select" and not torch.compiler.is_compiling():
-            vectors = TakePart.apply(vectors, *(each for each in self.parameters() if each.requires_grad))  # type: ignore[no-untyped-call]
         return vectors
+
+    def _with_all_parameters(self, vectors: Tensor) -> Tensor:
+        if not self.training or not torch.is_grad_enabled():
+            return vectors
+        trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        with_all: Tensor = TakePart.apply(vectors, *trainable)  # type: ignore[no-untyped-call]
+        return with_all
 
     def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:
         """As in `nn.Module`; entering eval mode settles the hard lengths of the moment."""

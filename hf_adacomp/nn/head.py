@@ -85,16 +85,25 @@ class CompressedHead(_Borrower):
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., d) -> (..., V)."""
         table = self.embedding
-        learning = table.training and table.training_state is not None  # bits have gradients
-        decoder = table.decoder()
-        if isinstance(decoder, SourceVectors):
-            logits = decoder.score(hidden)
-        elif learning or hidden.shape[:-1].numel() >= self.in_features:
-            logits = self._many(decoder, hidden)
+        if table.training_state is None:
+            logits = self._scored(table.hard_decoder(), hidden)
         else:
-            with torch.autocast(hidden.device.type, enabled=False):  # sums in half precision would lose bits
-                logits = self._few(decoder, hidden)
+            logits = self._score_in_training(hidden)
         return logits if self.bias is None else logits + self.bias
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as the embedding in training
+    def _score_in_training(self, hidden: Tensor) -> Tensor:
+        decoder = self.embedding.decoder()
+        if isinstance(decoder, SourceVectors):
+            return decoder.score(hidden)
+        # Bits have gradients while they are learned.
+        return self._many(decoder, hidden) if self.training else self._scored(decoder, hidden)
+
+    def _scored(self, decoder: Decoder, hidden: Tensor) -> Tensor:
+        if hidden.shape[:-1].numel() >= self.in_features:
+            return self._many(decoder, hidden)
+        with torch.autocast(hidden.device.type, enabled=False):  # sums in half precision would lose bits
+            return self._few(decoder, hidden)
 
     def _many(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         def product(tokens: Tensor) -> Tensor:

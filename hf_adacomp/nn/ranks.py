@@ -30,9 +30,17 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def take_from_first(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors by those of the first rank."""
-    if several():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    if not several():
+        return
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415  # a second that loading a model does not need
+
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            raise ValueError(
+                "the parameters of a compressed table are sharded (FSDP2), which needs every process to have them "
+                "whole until it is packed: train with DistributedDataParallel, or shard the packed model"
+            )
+        dist.broadcast(tensor, src=0)
 
 
 def check_agreement(checksums: Mapping[str, int], device: torch.device) -> None:

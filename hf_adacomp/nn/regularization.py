@@ -22,7 +22,7 @@ def regularizer(
 ) -> Tensor:
     """The weighted sum of orthogonality and reconstruction error, a float32 scalar; `decode` is (N,) -> (N, d)."""
     source = state.source
-    loss = torch.zeros((), device=source.device)
+    loss = torch.zeros((), device=source.device, dtype=torch.float32)
     if config.orthogonality_weight:
         loss = loss + config.orthogonality_weight * torch.stack([book.orthogonality() for book in codebooks]).mean()
     if config.reconstruction_weight:

@@ -163,7 +163,7 @@ def test_extremes_of_the_schedule(tmp_path, select_fraction):
     assert model.get_input_embeddings().phase == "packed"
 
 
-@pytest.mark.parametrize("stop", [5, 12, 13, 20])
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 12, 13, 20])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
     settings = {"save_strategy": "steps", "save_steps": stop, "eval_strategy": "steps", "eval_steps": 4}
     whole = new_model()

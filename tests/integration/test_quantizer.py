@@ -263,3 +263,15 @@ def test_tables_that_hold_no_numbers_are_not_saved(bert, config, counts, tmp_pat
     with pytest.raises(ValueError, match=r"codebooks.0.bias holds NaN or Inf: the training has diverged"):
         bert.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_training_state_stays_float32_whatever_dtype_is_loaded(bert, config, counts, tmp_path):
+    table = compress(bert, config, counts).get_input_embeddings()
+    table.step(0.1)
+    with torch.no_grad():
+        table.training_state.selector.offset.fill_(1 + 2**-20)
+    bert.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).get_input_embeddings()
+    assert loaded.training_state.source.dtype == torch.bfloat16
+    for part in ("selector", "observation"):
+        assert same_state(getattr(loaded.training_state, part), getattr(table.training_state, part))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import trl
-from architectures import UNTIED
+from architectures import TIED, UNTIED
 from conftest import LENGTHS, VOCABULARY, tiny_bert_config
 from datasets import Dataset, DatasetDict
 from sentence_transformers import (
@@ -254,3 +254,14 @@ def test_half_precision_models_stay_finite(rows, tmp_path, dtype):
     model = compress(BertForSequenceClassification(tiny_bert_config()).to(dtype), CONFIG)
     trainer(model, tmp_path, rows, max_steps=20, learning_rate=1e-3).train()
     assert model.get_input_embeddings()(torch.arange(VOCABULARY)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bert-classifier", "gpt2"])
+def test_compiled_training(name, model, rows, tmp_path):
+    """What learns is left out of the graphs."""
+    if name == "gpt2":
+        model = compress(TIED["gpt2"](), CONFIG)
+        rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    look = Look()
+    trainer(model, tmp_path, rows, [look], torch_compile=True, torch_compile_backend="aot_eager").train()
+    look.check(model)
