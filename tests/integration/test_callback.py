@@ -39,10 +39,14 @@ class Texts(Dataset):
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
+SCHEDULE = {"observe_fraction": 0.05, "select_fraction": 0.5}
+"""Of 24 steps two are observed."""
+
+
 def new_model(**settings) -> BertForSequenceClassification:
     set_seed(0)
     model = BertForSequenceClassification(tiny_bert_config())
-    return compress(model, AdaCompConfig(LENGTHS, **{"target_ratio": 32, "select_fraction": 0.5, **settings}))
+    return compress(model, AdaCompConfig(LENGTHS, **{**SCHEDULE, "target_ratio": 32, **settings}))
 
 
 def new_trainer(model, folder, callbacks=(), **settings) -> Trainer:

@@ -10,7 +10,7 @@ from hf_adacomp.nn.head import CompressedHead
 from hf_adacomp.nn.observation import MEASURED_ROWS, Observation
 
 DIM = 32
-CONFIG = AdaCompConfig((4, 8, 20), target_ratio=32)
+CONFIG = AdaCompConfig((4, 8, 20), target_ratio=32, observe_fraction=0.05)
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
 
@@ -122,7 +122,7 @@ def test_counts_that_were_given_stay(counts, ids):
     ],
 )
 def test_observes_only_what_is_not_known(counts, settings, given, phase):
-    config = AdaCompConfig((4, 8, 20), target_ratio=32, **settings)
+    config = AdaCompConfig((4, 8, 20), target_ratio=32, **{"observe_fraction": 0.05, **settings})
     source = nn.Embedding(VOCABULARY, DIM)
     table = AdaptiveCompressedEmbedding.from_embedding(source, config, counts if given else None).train()
     assert table.phase == phase
