@@ -137,7 +137,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if before != "encode":
             state.recount()
         if state.observing and fraction >= self.config.observe_fraction:
-            self._warn_of_missing_gradients(state)
+            state.warn_of_missing_gradients()
             self.end_observation(show_progress)
             take_from_first(self._tensors())
         state.advance(fraction, self.budget())
@@ -172,13 +172,6 @@ class AdaptiveCompressedEmbedding(CodedTable):
                     100 * fraction,
                 )
         self.diverged = not finite
-
-    def _warn_of_missing_gradients(self, state: TrainingState) -> None:
-        if self.config.measured and not state.observation.moments.any():
-            logger.warning(
-                "no gradient reached the table while it was observed: neither tokens were counted nor directions "
-                "measured. Pass token_counts to compress(), and AdaCompConfig(significance=False) if that is as meant"
-            )
 
     def freeze_lengths(self) -> None:
         """Freeze each token's most likely code length within the budget. Afterwards only codes are learned."""

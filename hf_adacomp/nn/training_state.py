@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from ..fitting.token_counts import checked_counts, expected_counts, token_weight
 from ..lengths.schedule import phase_at, temperature_at
 from ..lengths.selector import LengthSelector, gumbel_noise
 from .observation import Observation
+
+logger = logging.getLogger(__name__)
 
 PHASES = ("observe", "select", "encode")
 OBSERVE, SELECT, ENCODE = range(3)
@@ -136,6 +139,14 @@ class TrainingState(nn.Module):
         before, now = self.observation.expected_counts, self.observation.expected_counts + added
         self.selector.cost *= token_weights(now / before * (before.sum() / now.sum()))[:, None]
         before.copy_(now)
+
+    def warn_of_missing_gradients(self) -> None:
+        """Warn if there is nothing to measure directions by."""
+        if self.config.measured and not self.observation.moments.any():
+            logger.warning(
+                "no gradient reached the table while it was observed: neither tokens were counted nor directions "
+                "measured. Pass token_counts to compress(), and AdaCompConfig(significance=False) if that is as meant"
+            )
 
     def start(self, cost: Tensor, budget: int) -> None:
         """Take over the warm start's weighted distortions, (V, n)."""
