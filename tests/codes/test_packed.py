@@ -1,0 +1,139 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_adacomp.codes.bits import pack_assignment, pack_bits
+from hf_adacomp.codes.packed import PackedCodes
+
+
+@st.composite
+def tables(draw):
+    """Code lengths, the length index of each token and the bits of each token's code."""
+    lengths = sorted(draw(st.sets(st.integers(1, 70), min_size=1, max_size=9)))
+    num_tokens = draw(st.sampled_from([1, 2, 127, 128, 129, 300]) | st.integers(1, 400))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    share = torch.rand(len(lengths), generator=generator) ** 4 + 1e-9  # some lengths go to (almost) no token
+    assignment = torch.multinomial(share, num_tokens, replacement=True, generator=generator)
+    bits = [torch.randint(0, 2, (lengths[k],), generator=generator, dtype=torch.uint8) for k in assignment]
+    return lengths, assignment, bits
+
+
+def packed(lengths, assignment, bits) -> PackedCodes:
+    groups = [[token for token in range(len(bits)) if assignment[token] == k] for k in range(len(lengths))]
+    module = PackedCodes(len(bits), lengths, [len(group) for group in groups])
+    module.length_indices.copy_(pack_assignment(assignment, len(lengths)))
+    blocks = [
+        pack_bits(torch.stack([bits[token] for token in group[i : i + 16]]))
+        for group in groups
+        for i in range(0, len(group), 16)
+    ]
+    module.codes.copy_(torch.cat(blocks))
+    module.index()
+    return module
+
+
+@given(tables())
+@settings(deadline=None)
+def test_every_code_comes_back(table):
+    lengths, assignment, bits = table
+    module = packed(lengths, assignment, bits)
+    module.validate("table")
+    tokens = torch.randperm(len(bits))
+    found, places = module.locate(tokens)
+    assert torch.equal(found.long(), assignment[tokens])
+    assert torch.equal(module.assignment().long(), assignment)
+    for k in range(len(lengths)):
+        rows = (found == k).nonzero().squeeze(1)
+        for token, code in zip(tokens[rows].tolist(), module.bits(k, places[rows]), strict=True):
+            assert torch.equal(code, bits[token])
+
+
+@given(tables())
+@settings(deadline=None)
+def test_every_bit_is_counted(table):
+    lengths, assignment, bits = table
+    module = packed(lengths, assignment, bits)
+    groups = [int((assignment == k).sum()) * length for k, length in enumerate(lengths)]
+    assert module.codes.nbytes == sum(-(-group // 8) for group in groups)
+    index_bits = 0
+    while 2**index_bits < len(lengths):
+        index_bits += 1
+    assert module.length_indices.nbytes == -(-len(bits) * index_bits // 8)
+
+
+def small() -> PackedCodes:
+    generator = torch.Generator().manual_seed(0)
+    assignment = torch.tensor([0, 1, 2, 1, 0])
+    lengths = [3, 5, 9]
+    return packed(lengths, assignment, [torch.randint(0, 2, (lengths[k],), generator=generator) for k in assignment])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda m: m.length_indices.__setitem__(0, 0b11_00_01_00),
+            "t.length_indices gives",
+        ),
+        (lambda m: m.length_indices.__setitem__(1, 0b100), "padding bits after the last of 10 bits are set"),
+        (lambda m: m.codes.__setitem__(0, 0b1100_0000), "t.codes, group 0: padding bits"),
+        (lambda m: setattr(m, "codes", m.codes[:-1]), r"t.codes must be uint8 of shape \(5,\).*\(4,\)"),
+        (lambda m: setattr(m, "codes", m.codes.float()), r"t.codes must be uint8"),
+        (
+            lambda m: setattr(m, "length_indices", torch.zeros(9, dtype=torch.uint8)),
+            r"t.length_indices must be uint8 of shape \(2,\)",
+        ),
+    ],
+)
+def test_damage_is_named(damage, message):
+    module = small()
+    module.validate("t")
+    damage(module)
+    with pytest.raises(ValueError, match=message):
+        module.validate("t")
+
+
+@pytest.mark.parametrize("tokens_per_length", [(1, 1), (1, 1, 1), (2, 2, 2)])
+def test_layout_must_share_out_all_tokens(tokens_per_length):
+    with pytest.raises(ValueError, match="does not share out 5 tokens over 3 code lengths"):
+        PackedCodes(5, (3, 5, 9), tokens_per_length)
+
+
+def test_loading_other_codes_forgets_the_old_places():
+    module, other = small(), small()
+    module.locate(torch.arange(5))
+    other.length_indices.copy_(pack_assignment(torch.tensor([1, 0, 0, 2, 1]), 3))
+    module.load_state_dict(other.state_dict())
+    assert module.locate(torch.arange(5))[0].tolist() == [1, 0, 0, 2, 1]
+    assert module.locate(torch.arange(5))[1].tolist() == [0, 0, 1, 0, 1]
+
+
+def test_order_is_that_of_the_codes_and_follows_them(device):
+    module = small().to(device)
+    assert module.order().tolist() == [0, 4, 1, 3, 2]
+    module.length_indices.copy_(pack_assignment(torch.tensor([1, 0, 0, 2, 1], device=device), 3))
+    module.index()
+    assert module.order().tolist() == [1, 2, 0, 4, 3]
+    assert module.order().device == module.codes.device
+
+
+def test_resized_keeps_the_first_tokens_and_appends_the_longest_codes(device):
+    module = small().to(device)
+    resized = module.resized(4, torch.ones(2, 9, device=device))
+    resized.validate("t")
+    assert resized.assignment().tolist() == [0, 1, 2, 1, 2, 2]
+    for k in range(3):
+        kept = [token for token in range(4) if module.assignment()[token] == k]
+        places = torch.arange(len(kept), device=device)
+        assert torch.equal(resized.bits(k, places), module.bits(k, places))
+    assert resized.bits(2, torch.tensor([1, 2], device=device)).all()
+
+
+def test_of_takes_assignment_and_codes(device):
+    module = small().to(device)
+    again = PackedCodes.of(module.assignment(), module.ladder, module.codes)
+    assert {name: tensor.tolist() for name, tensor in again.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in module.state_dict().items()
+    }
+    assert {tensor.device for tensor in again.buffers()} == {module.codes.device}
