@@ -1,0 +1,103 @@
+import pytest
+import torch
+from conftest import VOCABULARY
+from torch import nn
+
+from hf_adacomp import AdaptiveCompressedEmbedding
+from hf_adacomp.codes.codebook import BinaryCodebook
+from hf_adacomp.nn.decoding import OnDemand, SourceVectors, TakePart, distinct, inverse
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
+
+@pytest.fixture
+def table(config, counts, device) -> AdaptiveCompressedEmbedding:
+    return AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32, device=device), config, counts)
+
+
+def test_things_are_made_once_and_only_when_asked_for():
+    made = []
+    things = OnDemand(lambda i: made.append(i) or 10 * i, 3)
+    assert len(things) == 3
+    assert made == []
+    assert (things[2], things[2], things[0]) == (20, 20, 0)
+    assert made == [2, 0]
+    assert list(things) == [0, 10, 20]
+
+
+@pytest.mark.parametrize("phase", ["encode", "packed"])
+def test_only_code_books_of_the_lengths_that_are_met_are_rounded(table, phase, monkeypatch):
+    table.pack() if phase == "packed" else table.step(0.9)
+    table.eval()
+    lengths = table.code_lengths()
+    stored = []
+    original = BinaryCodebook.stored
+    monkeypatch.setattr(BinaryCodebook, "stored", lambda book: stored.append(book.length) or original(book))
+    for length in set(lengths.tolist()):
+        stored.clear()
+        table((lengths == length).nonzero().squeeze(1)[:5])
+        assert stored == [length]
+
+
+@pytest.mark.parametrize("phase", ["select", "encode", "packed"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_look_up_is_the_vectors_of_the_tokens(table, phase, grad, device):
+    if phase == "encode":
+        table.step(0.9)
+    if phase == "packed":
+        table.pack()
+    ids = torch.randint(0, VOCABULARY, (4, 9), device=device)
+    with torch.set_grad_enabled(grad):
+        decoder = table.train().decoder()
+        tokens = ids.unique()
+        expected = dict(zip(tokens.tolist(), decoder.vectors(tokens), strict=True))
+        for row, found in zip(ids.flatten().tolist(), decoder.look_up(ids).flatten(0, 1), strict=True):
+            assert torch.allclose(found, expected[row], atol=1e-6)
+        assert decoder.look_up(ids[:0]).shape == (0, 9, 32)
+
+
+def test_scale_is_applied_to_what_is_looked_up_alone(table):
+    decoder = table.hard_decoder()
+    ids = torch.arange(1, 9, device=decoder.books[0].bias.device)
+    vectors = decoder.vectors(ids)
+    decoder.scale = 3.0
+    assert torch.allclose(decoder.look_up(ids), 3 * vectors)
+    assert torch.allclose(decoder.vectors(ids), vectors)
+
+
+def test_source_vectors_are_scaled_and_may_be_scored(config, ids):
+    table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32), config)
+    source, hidden = table.training_state.source, torch.randn(5, 32)
+    decoder = SourceVectors(table.training_state, scale=2.0)
+    assert torch.equal(decoder.look_up(ids), 2 * source[ids])
+    assert torch.allclose(decoder.score(hidden), hidden @ source.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [-1, VOCABULARY])
+def test_ids_out_of_range_are_quoted(table, bad):
+    if table.books[0].bias.device.type != "cpu":
+        pytest.skip("checking would wait for the device")
+    with pytest.raises(IndexError, match=f"{bad}.* 512 rows"):
+        table.eval()(torch.tensor([3, bad]))
+
+
+def test_all_parameters_take_part_with_zero_gradients():
+    vectors, first, second = (torch.randn(3, requires_grad=True) for _ in range(3))
+    passed = TakePart.apply(vectors, first, second)
+    assert torch.equal(passed, vectors)
+    (passed * torch.arange(3)).sum().backward()
+    assert vectors.grad.tolist() == [0, 1, 2]
+    assert first.grad.tolist() == second.grad.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 500])
+def test_distinct_tokens_and_the_place_of_each_id(count, device):
+    ids = torch.randint(0, VOCABULARY, (count, 2), device=device)
+    tokens, place = distinct(ids, VOCABULARY)
+    assert torch.equal(tokens, ids.unique())
+    assert torch.equal(tokens[place], ids)
+
+
+def test_inverse_undoes_a_permutation(device):
+    order = torch.randperm(40).to(device)
+    assert torch.equal(order[inverse(order)], torch.arange(40, device=device))

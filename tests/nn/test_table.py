@@ -1,0 +1,93 @@
+import copy
+
+import pytest
+import torch
+from conftest import LENGTHS, VOCABULARY
+from torch import nn
+
+from hf_adacomp import AdaptiveCompressedEmbedding
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+DIM = 32
+
+
+@pytest.fixture
+def table(config, counts, device) -> AdaptiveCompressedEmbedding:
+    source = nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device)
+    return AdaptiveCompressedEmbedding.from_embedding(source, config, counts.to(device))
+
+
+def test_budget_is_what_the_size_leaves_for_codes(table, config):
+    books = sum(book.stored_bytes() for book in table.books)
+    assert table.budget() // 8 + books < 4 * VOCABULARY * DIM / config.target_ratio
+    table.pack()
+    stored = sum(tensor.nbytes for tensor in table.state_dict().values())
+    assert 4 * VOCABULARY * DIM / stored >= config.target_ratio
+
+
+def test_code_books_by_their_place(table):
+    assert [book.length for book in table.books] == list(LENGTHS)
+    assert [table.book(k) for k in range(3)] == table.books
+
+
+def test_lengths_of_now_and_of_the_last_step(table):
+    table.step(0.1)
+    settled = table.code_lengths(settled=True)
+    assert torch.equal(table.code_lengths(), settled)
+    with torch.no_grad():
+        table.training_state.selector.offset[:, 0] += torch.rand_like(table.training_state.selector.offset[:, 0])
+    assert torch.equal(table.code_lengths(settled=True), settled)
+    assert not torch.equal(table.code_lengths(), settled)
+
+
+def test_fits_again_when_more_was_observed(config, device):
+    table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, DIM, device=device), config)
+    ids = torch.arange(9, device=device)
+    table.train()(ids).sum().backward()
+    table.training_state.recount()
+    table.eval()(ids)  # asks for a fit
+    assert not table.cold
+    table.train()(ids + 1).square().sum().backward()
+    table.training_state.recount()
+    assert table.cold
+    assert table.phase == "observe"
+    table.end_observation()
+    assert not table.cold
+    assert table.phase == "select"
+
+
+def test_forms_do_not_load_into_each_other(table):
+    packed = copy.deepcopy(table)
+    packed.pack()
+    for module, state, form in ((table, packed, "packed"), (packed, table, "training")):
+        with pytest.raises(RuntimeError, match=f"the checkpoint holds the {form} form"):
+            module.load_state_dict(state.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize("form", ["training", "packed"])
+def test_dense_checkpoints_are_refused(table, form):
+    if form == "packed":
+        table.pack()
+    with pytest.raises(RuntimeError, match=r"the checkpoint holds a dense table.* then compress that"):
+        table.load_state_dict({"weight": torch.zeros(VOCABULARY, DIM)}, strict=False)
+
+
+def test_packed_tables_grow_by_codes_of_the_longest_length(table, device):
+    table.pack()
+    before = table.eval()(torch.arange(VOCABULARY, device=device))
+    table.resize(VOCABULARY - 2, torch.ones(5, LENGTHS[-1], device=device))
+    assert table.num_embeddings == VOCABULARY + 3
+    after = table(torch.arange(VOCABULARY + 3, device=device))
+    assert torch.allclose(after[: VOCABULARY - 2], before[:-2], atol=1e-6)
+    assert (table.code_lengths()[-5:] == LENGTHS[-1]).all()
+    assert table.codes(VOCABULARY + 2) == tuple(range(LENGTHS[-1]))
+
+
+def test_what_is_not_there_is_asked_for_by_name(table):
+    with pytest.raises(ValueError, match=r"not packed yet: call pack\(\) first"):
+        table.require_packed()
+    table.pack()
+    for verb in ("token_counts", "end_observation", "freeze_lengths"):
+        with pytest.raises(ValueError, match=f"{verb} is not possible on a packed embedding"):
+            getattr(table, verb)()
+    assert table.coder is table.training_state is None
