@@ -23,7 +23,8 @@ from hf_adacomp import AdaCompConfig
 # Tiny tensors: threads cost more than they save. Who sets the variable wants to see that their number does not matter.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-collect_ignore = ["trust/fuzz_config.py"]  # a script for atheris, which pytest would import to look for doctests
+# Scripts, which pytest would import to look for doctests.
+collect_ignore = ["distributed/train.py", "distributed/ways.py", "trust/train.py", "trust/fuzz_config.py"]
 
 VOCABULARY = 512
 LENGTHS = (4, 8, 20)
@@ -35,7 +36,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 def child_environment() -> dict[str, str]:
     """Environment of a process that imports the suite's own modules."""
     tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests / "integration"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path}
 
 

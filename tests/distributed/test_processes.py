@@ -22,20 +22,20 @@ ROWS = 8
 """Rows of all processes together in a step."""
 
 
-def run(folder: Path, processes: int, mode: str | None = None) -> subprocess.CompletedProcess:
+def run(folder: Path, processes: int, checkpoint: str | None = None) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    arguments = [str(folder), str(ROWS // processes), *([mode] if mode else [])]
+    arguments = [str(folder), str(ROWS // processes), *([checkpoint] if checkpoint else [])]
     command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *arguments]
     environment = {**child_environment(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
-def tensors(folder: Path, processes: int, mode: str | None = None) -> list[dict[str, torch.Tensor]]:
+def tensors(folder: Path, processes: int, checkpoint: str | None = None) -> list[dict[str, torch.Tensor]]:
     """What each process of a training ends with."""
-    done = run(folder, processes, mode)
+    done = run(folder, processes, checkpoint)
     assert done.returncode == 0, done.stderr
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(processes)]
 
@@ -68,13 +68,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(two, tmp_path):
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
     resumed = tensors(tmp_path, 2, str(tmp_path / "checkpoint-4"))
     assert [differing(a, b) for a, b in zip(uninterrupted, resumed, strict=True)] == [[], []]
-
-
-def test_fsdp_on_the_cpu_trains_as_ddp_does(two, tmp_path):
-    """accelerate shards on accelerators only; there the callback refuses (tests/test_callback.py)."""
-    _, replicated = two
-    found = tensors(tmp_path, 2, "fsdp")
-    assert [differing(a, b) for a, b in zip(replicated, found, strict=True)] == [[], []]
 
 
 class Wrapper(torch.nn.Module):

@@ -1,6 +1,6 @@
 """A short deterministic training for one or more processes.
 
-Usage: train.py FOLDER ROWS_A_PROCESS [CHECKPOINT | fsdp]. Every process writes its packed model's tensors to
+Usage: train.py FOLDER ROWS_A_PROCESS [CHECKPOINT]. Every process writes its packed model's tensors to
 FOLDER/rank<N>.safetensors.
 """
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from conftest import LENGTHS, tiny_bert_config
 from safetensors.torch import save_file
-from test_callback import Texts
+from trainings import Texts
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
 
 
-def train(folder: Path, rows: int, mode: str | None) -> None:
+def train(folder: Path, rows: int, checkpoint: str | None) -> None:
     torch.set_num_threads(1)
     set_seed(0)
     # Processes would draw different dropout masks.
@@ -37,10 +37,9 @@ def train(folder: Path, rows: int, mode: str | None) -> None:
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
-        fsdp=mode == "fsdp",
     )
     trainer = Trainer(model, arguments, train_dataset=Texts(), callbacks=[AdaCompCallback()])
-    trainer.train(resume_from_checkpoint=None if mode == "fsdp" else mode)
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_file(model.state_dict(), folder / f"rank{arguments.process_index}.safetensors")
 
 

@@ -1,11 +1,9 @@
 import pytest
 import torch
-from conftest import LENGTHS, VOCABULARY
-from tokenizers import Tokenizer, models
+from conftest import VOCABULARY
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
-from hf_adacomp import AdaptiveCompressedEmbedding, compress, pack, size_report, token_table
+from hf_adacomp import AdaptiveCompressedEmbedding, compress, pack, size_report
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -43,18 +41,6 @@ def test_adds_up_two_tables(config, counts):
     assert both.dense_bytes == 2 * one.dense_bytes
     assert both.codebook_bytes == 2 * one.codebook_bytes
     assert both.num_tokens == sum(both.tokens_per_length.values()) == 2 * VOCABULARY
-
-
-def test_token_table_lists_every_token(bert, config, counts):
-    vocabulary = {f"word{i}": i for i in range(VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")))
-    compress(bert, config, counts)
-    rows = token_table(bert, tokenizer)
-    assert [row.id for row in rows] == list(range(VOCABULARY))
-    assert (rows[7].token, rows[7].count) == ("word7", int(counts[7]))
-    assert torch.equal(torch.tensor([row.bits for row in rows]), bert.get_input_embeddings().code_lengths())
-    assert {row.bits for row in rows} <= set(LENGTHS)
-    assert {row[2] for row in token_table(pack(bert), tokenizer)} == {None}
 
 
 def test_needs_a_compressed_model(bert):

@@ -98,7 +98,7 @@ def test_killed_at_twenty_moments(tmp_path, uninterrupted):
 
 
 def new_trainer(folder: Path, steps: int) -> Trainer:
-    from test_callback import Texts
+    from trainings import Texts
 
     torch.manual_seed(0)
     model = BertForSequenceClassification(tiny_bert_config(num_hidden_layers=1))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from architectures import TIED
 from conftest import LENGTHS, VOCABULARY, tiny_bert_config
-from test_callback import Texts, Watch, new_model, new_trainer
 from torch import nn
+from trainings import Texts, Watch, new_model, new_trainer
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,

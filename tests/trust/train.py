@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from conftest import LENGTHS, tiny_bert_config
-from test_callback import Texts
+from trainings import Texts
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
