@@ -319,3 +319,21 @@ def test_plain_module_trains_in_a_plain_loop(config, counts):
     assert losses[-1] < 0.5 * losses[0]
     model[0].pack()
     assert torch.isfinite(model.eval()(ids)).all()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_learns_on_any_device(config, counts, given, device):
+    """From the source to packed codes, and moved to the CPU as it is then."""
+    source = nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device)
+    table = AdaptiveCompressedEmbedding.from_embedding(source, config, counts.to(device) if given else None)
+    optimizer = torch.optim.Adam((p for p in table.parameters() if p.requires_grad), lr=1e-3)
+    for step in range(6):
+        table.train()(torch.randint(0, VOCABULARY, (9, 9), device=device)).square().mean().backward()
+        table.step(step / 6)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert table.phase == "encode"
+    table.eval().pack()
+    assert {tensor.device for tensor in table.state_dict().values()} == {source.weight.device}
+    vectors = table(torch.arange(VOCABULARY, device=device)).cpu()
+    assert torch.allclose(table.cpu()(torch.arange(VOCABULARY)), vectors, atol=1e-5)

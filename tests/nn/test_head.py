@@ -76,3 +76,23 @@ def test_places_do_not_own_the_table(table):
     ids = torch.tensor([3, 1])
     table.eval()
     assert torch.equal(shared(ids), table(ids))
+
+
+@pytest.mark.parametrize("phase", ["observe", "select", "encode", "packed"])
+@pytest.mark.parametrize("positions", [3, 20])
+def test_scores_on_any_device(counts, phase, positions, device):
+    config = AdaCompConfig(LENGTHS, target_ratio=20, observe_fraction=0.05 if phase == "observe" else 0)
+    source = nn.Embedding(VOCABULARY, 32, padding_idx=0, device=device)
+    table = AdaptiveCompressedEmbedding.from_embedding(source, config, counts.to(device))
+    if phase == "encode":
+        table.step(0.9)
+    if phase == "packed":
+        table.pack()
+    assert table.phase == phase
+    hidden = torch.randn(positions, 32, device=device, requires_grad=True)
+    for training in (True, False):
+        logits = CompressedHead(table.train(training))(hidden)
+        assert logits.shape == (positions, VOCABULARY)
+        assert logits.device == hidden.device
+        logits.square().sum().backward()
+    assert hidden.grad.isfinite().all()
