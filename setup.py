@@ -21,7 +21,7 @@ setup(
     packages=find_packages(include=["hf_adacomp", "hf_adacomp.*"]),
     package_data={"hf_adacomp": ["py.typed"], "hf_adacomp.reports": ["model_card.md"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.13", "transformers>=5.0", "accelerate>=1.8", "safetensors", "huggingface_hub", "tqdm"],
+    install_requires=["torch>=2.13", "transformers>=5.0", "accelerate>=1.10.1", "safetensors", "huggingface_hub", "tqdm"],
     extras_require={"demo": DEMO, "plots": PLOTS, "onnx": ONNX, "benchmark": BENCHMARK, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["hf-adacomp = hf_adacomp.cli:main"]},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
