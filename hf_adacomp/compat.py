@@ -174,3 +174,8 @@ def spare_broadcasts(model: nn.Module, names: Iterable[str]) -> None:
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
     """All children by name; `named_children` leaves out a module's second name."""
     return iter([*module._modules.items()])
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as autograd counts it: optimizers do so."""
+    return int(tensor._version)

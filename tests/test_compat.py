@@ -163,6 +163,16 @@ def test_children():
     assert len([*model.named_children()]) == 1
 
 
+def test_version():
+    parameter = nn.Parameter(torch.ones(2))
+    before = compat.version(parameter)
+    parameter.grad = torch.ones(2)
+    for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter], lr=0.0)):
+        optimizer.step()
+        assert compat.version(parameter) > before
+        before = compat.version(parameter)
+
+
 def private_names(tree: ast.AST) -> set[str]:
     """Attributes with one leading underscore that a module reads or sets on anything."""
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

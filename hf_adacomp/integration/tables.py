@@ -199,7 +199,7 @@ def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    return any(fnmatch(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
 
 
 def _same_but_for_place(a: nn.Embedding, b: nn.Embedding) -> bool:

@@ -13,6 +13,7 @@ from ..config import AdaCompConfig
 from ..fitting.ladder import with_ladder_for
 from .decoding import TakePart
 from .dense import checked_scale, checked_table, dense_embedding
+from .movement import Movement
 from .ranks import check_agreement, take_from_first
 from .regularization import add_gradients, finite_gradients, regularizer
 from .table import CodedTable
@@ -68,6 +69,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.abandoned = False  # whether training ended before the lengths were frozen
         self.reached = False  # whether a forward pass ever looked up a token
         self.diverged = False  # whether the task's last gradients were NaN or Inf
+        self.movement = Movement()
         self.loading = False  # whether weights are on their way in and have not been checked yet
         if _source is None:
             self.budget()  # refuse an impossible size here rather than at the warm start
@@ -133,6 +135,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if not state.driven:
             take_from_first(self._tensors())
         self._leave_out_broken_gradients(fraction)
+        self.movement.check(self.codebooks.parameters())
         before = state.phase
         if before != "encode":
             state.recount()

@@ -40,8 +40,9 @@ def test_tables_of_encoder_and_decoder_apart():
     assert only.owner.num_embeddings == VOCABULARY
 
 
-def test_patterns_choose_other_tables(bert):
-    (table,) = dense_tables(bert, include=["*position_embeddings"])
+@pytest.mark.parametrize("include", ["*position_embeddings", ["*position_embeddings"]])
+def test_patterns_choose_other_tables(bert, include):
+    (table,) = dense_tables(bert, include=include)
     assert table.owner is bert.bert.embeddings.position_embeddings
     with pytest.raises(ValueError, match=r"found none\) for include=\['nothing'\]"):
         dense_tables(bert, include=["nothing"])
