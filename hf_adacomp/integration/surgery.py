@@ -47,10 +47,10 @@ def put(model: PreTrainedModel, table: DenseTable, embedding: AdaptiveCompressed
     for prefix, part in model_parts(model):
         compat.forget_ties(part, prefix, table.weights)
     for shared in table.shared.values():
-        replace_module(model, shared, SharedEmbedding(embedding))
+        replace_module(model, shared, SharedEmbedding(embedding).train(shared.training))
     for linear in table.heads.values():
         if head == "compress":
-            replace_module(model, linear, CompressedHead(embedding, linear.bias))
+            replace_module(model, linear, CompressedHead(embedding, linear.bias).train(linear.training))
         else:
             linear.weight = nn.Parameter(linear.weight.detach().clone())
     replace_module(model, table.owner, embedding)

@@ -44,7 +44,7 @@ def relative_error(decoded: Tensor, source: Tensor, metric: Tensor) -> Tensor:
     """Squared error in a metric (d, d) over squared norm, both summed over the tokens (N, d)."""
     decoded, source = decoded.to(metric.dtype), source.to(metric.dtype)  # squares of float16 overflow
     error = squared_norms(decoded - source, metric).sum()
-    return error / source.square().sum().clamp_min(torch.finfo(source.dtype).tiny)
+    return error / source.square().sum().clamp_min(torch.finfo(source.dtype).eps)
 
 
 def finite_gradients(parameters: Iterable[torch.nn.Parameter]) -> bool:

@@ -56,8 +56,8 @@ class TrainingState(nn.Module):
 
     @property
     def phase(self) -> str:
-        """`"observe"`, `"select"` or `"encode"`."""
-        return PHASES[int(self.stage)]
+        """`"observe"`, `"select"` or `"encode"`; of a skeleton on the meta device the first."""
+        return PHASES[0 if self.stage.is_meta else int(self.stage)]
 
     @property
     def observing(self) -> bool:

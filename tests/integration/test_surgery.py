@@ -20,6 +20,7 @@ def test_every_place_is_taken(counts):
     assert isinstance(model.model.encoder.embed_tokens, SharedEmbedding)
     assert isinstance(model.model.decoder.embed_tokens, SharedEmbedding)
     assert isinstance(model.lm_head, CompressedHead)
+    assert not any(module.training for module in model.eval().modules())
     assert model.lm_head.embedding is model.model.decoder.embed_tokens.embedding is model.model.shared
 
 

@@ -247,7 +247,9 @@ def test_constructor_makes_what_nn_embedding_would(config):
     assert embedding.padding_idx == VOCABULARY - 1
     assert embedding.training_state.source.shape == (VOCABULARY, DIM)
     assert not embedding.training_state.source[-1].any()
-    assert AdaptiveCompressedEmbedding(VOCABULARY, DIM, config, device="meta").training_state.source.is_meta
+    skeleton = AdaptiveCompressedEmbedding(VOCABULARY, DIM, config, device="meta")
+    assert skeleton.training_state.source.is_meta
+    assert "phase='observe'" in repr(skeleton)
 
 
 class Scaled(nn.Embedding):

@@ -36,6 +36,10 @@ def test_squares_of_large_half_precision_rows_do_not_overflow(dtype):
     assert float(found) == pytest.approx(0.25, rel=1e-2)
 
 
+def test_relative_error_of_a_table_of_zeros_is_finite():
+    assert relative_error(torch.ones(2, 4), torch.zeros(2, 4), torch.eye(4)).isfinite()
+
+
 @pytest.mark.usefixtures("quick_fit")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_weights_of_both_terms(counts, dtype):
