@@ -7,21 +7,27 @@ from hf_adacomp.codes.descent import BinaryStep, decide_bits, nearest_bits
 from hf_adacomp.fitting.spectrum import squared_norms
 
 
-def ramp(z, bits=None):
+def ramp(z):
     """What the straight-through gradient is defined as the gradient of."""
     return ((z + 1) / 2).clamp(0, 1)
 
 
-def test_step_is_hard_and_its_gradient_is_that_of_the_ramp():
-    z = torch.linspace(-2, 2, 41, dtype=torch.float64) + 0.013
+def test_step_is_hard_and_its_gradient_is_that_of_the_ramp(device):
+    z = torch.linspace(-2, 2, 41, device=device) + 0.013
     z.requires_grad_()
     weight = torch.randn_like(z)
-    decided = (z > 0).double()
+    decided = (z > 0).float()
     bits = BinaryStep.apply(z, decided)
     assert torch.equal(bits, decided)
     (hard,) = torch.autograd.grad((bits * weight).sum(), z)
     (soft,) = torch.autograd.grad((ramp(z) * weight).sum(), z)
     assert torch.equal(hard, soft)
+
+
+def test_step_passes_on_second_thoughts():
+    """Bits that the descent decided against their pre-activation are handed on as they are."""
+    z, decided = torch.tensor([-0.5, 0.5]), torch.tensor([1.0, 0.0])
+    assert torch.equal(BinaryStep.apply(z, decided), decided)
 
 
 def test_bits_are_those_of_the_nearest_sum_of_orthogonal_vectors():
@@ -46,26 +52,64 @@ def test_more_sweeps_never_lose(alike, euclidean, monkeypatch):
     assert errors[-1].sum() < errors[0].sum()
 
 
-def test_far_from_its_threshold_a_bit_gets_no_gradient():
-    z = torch.tensor([-1.5, -0.5, 0.5, 1.5], requires_grad=True)
-    BinaryStep.apply(z, (z > 0).float()).sum().backward()
-    assert z.grad.tolist() == [0, 0.5, 0.5, 0]
-
-
-def test_margins_are_what_the_bits_were_decided_by(device):
-    vectors, x = torch.randn(8, 16, device=device), torch.randn(50, 16, device=device)
+def problem(length=24, dim=8):
+    """Drives and overlap of 40 vectors and a code-book, and the squared error that bits leave."""
+    vectors, bias = torch.randn(length, dim, dtype=torch.float64), torch.randn(dim, dtype=torch.float64)
+    x = 3 * torch.randn(40, dim, dtype=torch.float64)
     overlap = vectors @ vectors.T
-    drive = x @ vectors.T - overlap.diagonal() / 2
-    bits, margins = decide_bits(drive, overlap.fill_diagonal_(0), torch.full_like(drive, 0.5))
-    assert bits.device == margins.device == x.device
-    # With one bit a block, the last one was decided when all others were.
-    assert torch.equal(bits[:, -1], (margins[:, -1] > 0).float())
-    assert torch.allclose(margins[:, -1], (drive - bits @ overlap)[:, -1], atol=1e-5)
+    drive = (x - bias) @ vectors.T - overlap.diagonal() / 2
+    return drive, overlap.fill_diagonal_(0), lambda bits: (x - bias - bits @ vectors).square().sum(1)
 
 
-def test_hardly_any_single_flip_is_left_that_would_come_nearer():
-    vectors, x = torch.randn(24, 32), 3 * torch.randn(200, 32)
-    bits = nearest_bits(x, vectors, torch.zeros(32))
-    error = (x - bits @ vectors).square().sum(1)
-    flipped = torch.stack([(x - (bits - flip).abs() @ vectors).square().sum(1) for flip in torch.eye(24)])
-    assert float((flipped.amin(0) < error - 1e-3).float().mean()) < 0.25
+@pytest.mark.parametrize("length", [1, 7, 24])
+def test_at_the_end_of_the_descent_no_single_bit_lowers_the_error(length, monkeypatch):
+    monkeypatch.setattr("hf_adacomp.codes.descent.SWEEPS", 100)
+    drive, overlap, error = problem(length)
+    bits, _ = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
+    for i in range(length):
+        flipped = bits.clone()
+        flipped[:, i] = 1 - flipped[:, i]
+        assert (error(flipped) >= error(bits) - 1e-9).all()
+
+
+def test_bits_at_the_end_of_the_descent_stay(monkeypatch):
+    monkeypatch.setattr("hf_adacomp.codes.descent.SWEEPS", 100)
+    drive, overlap, _ = problem()
+    bits, margins = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
+    monkeypatch.setattr("hf_adacomp.codes.descent.SWEEPS", 1)
+    again, margins_again = decide_bits(drive, overlap, bits)
+    assert torch.equal(again, bits)
+    assert torch.allclose(margins_again, margins)
+    assert torch.equal(bits, (margins > 0).double())
+
+
+def test_margins_are_what_a_bit_saves():
+    """A margin is half of what the squared error gains if its bit is set rather than not."""
+    drive, overlap, error = problem(length=8)  # blocks of one bit: no bit changes along with another
+    bits, margins = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
+    last = bits.clone(), bits.clone()
+    last[0][:, -1], last[1][:, -1] = 0, 1
+    assert torch.allclose(margins[:, -1], (error(last[0]) - error(last[1])) / 2)
+
+
+def test_the_start_is_left_as_it_was():
+    drive, overlap, _ = problem()
+    start = torch.rand_like(drive)
+    kept = start.clone()
+    decide_bits(drive, overlap, start)
+    assert torch.equal(start, kept)
+
+
+def test_a_perfect_start_stays():
+    vectors, bias = torch.randn(24, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    start = torch.randint(0, 2, (30, 24)).double()
+    x = start @ vectors + bias
+    assert torch.equal(nearest_bits(x, vectors, bias, start=start), start)
+
+
+def test_bits_do_not_depend_on_the_device(device):
+    vectors, bias = torch.randn(24, 8), torch.randn(8)
+    x = torch.randint(0, 2, (30, 24)).float() @ vectors + bias + 0.1 * torch.randn(30, 8)
+    found = nearest_bits(x.to(device), vectors.to(device), bias.to(device))
+    assert found.device.type == device.type
+    assert (found.cpu() != nearest_bits(x, vectors, bias)).float().mean() < 1e-3  # ties may tip

@@ -21,16 +21,12 @@ def tables(draw):
 
 def packed(lengths, assignment, bits) -> PackedCodes:
     groups = [[token for token in range(len(bits)) if assignment[token] == k] for k in range(len(lengths))]
-    module = PackedCodes(len(bits), lengths, [len(group) for group in groups])
-    module.length_indices.copy_(pack_assignment(assignment, len(lengths)))
     blocks = [
         pack_bits(torch.stack([bits[token] for token in group[i : i + 16]]))
         for group in groups
         for i in range(0, len(group), 16)
     ]
-    module.codes.copy_(torch.cat(blocks))
-    module.index()
-    return module
+    return PackedCodes.of(assignment, lengths, torch.cat(blocks))
 
 
 @given(tables())
@@ -38,9 +34,9 @@ def packed(lengths, assignment, bits) -> PackedCodes:
 def test_every_code_comes_back(table):
     lengths, assignment, bits = table
     module = packed(lengths, assignment, bits)
-    module.validate("table")
     tokens = torch.randperm(len(bits))
     found, places = module.locate(tokens)
+    module.validate("table")
     assert torch.equal(found.long(), assignment[tokens])
     assert torch.equal(module.assignment().long(), assignment)
     for k in range(len(lengths)):
@@ -62,11 +58,47 @@ def test_every_bit_is_counted(table):
     assert module.length_indices.nbytes == -(-len(bits) * index_bits // 8)
 
 
-def small() -> PackedCodes:
+LENGTHS = (3, 5, 9)
+ASSIGNMENT = torch.tensor([0, 1, 2, 1, 0])
+
+
+def small(device="cpu") -> PackedCodes:
     generator = torch.Generator().manual_seed(0)
-    assignment = torch.tensor([0, 1, 2, 1, 0])
-    lengths = [3, 5, 9]
-    return packed(lengths, assignment, [torch.randint(0, 2, (lengths[k],), generator=generator) for k in assignment])
+    bits = [torch.randint(0, 2, (LENGTHS[k],), generator=generator).to(device) for k in ASSIGNMENT]
+    return packed(LENGTHS, ASSIGNMENT.to(device), bits)
+
+
+def codes(module: PackedCodes) -> list[list[float]]:
+    """The bits of each token's code."""
+    tokens = torch.arange(module.num_tokens, device=module.codes.device)
+    found = zip(*module.locate(tokens), strict=True)
+    return [module.bits(int(k), place[None])[0].tolist() for k, place in found]
+
+
+def test_codes_are_the_same_on_every_device(device):
+    module = small(device)
+    assert {buffer.device.type for buffer in module.buffers()} == {device.type}
+    module.validate("t")
+    assert codes(module) == codes(small())
+
+
+def test_codes_that_move_are_still_found(device):
+    assert codes(small().to(device)) == codes(small())
+
+
+@pytest.mark.parametrize("kept", [5, 3, 1])
+def test_resized_codes_keep_the_first_tokens_and_append_the_longest_codes(kept, device):
+    module, new = small(device), torch.ones(2, 9, device=device)
+    resized = module.resized(kept, new)
+    resized.validate("t")
+    assert resized.assignment().tolist() == [*ASSIGNMENT[:kept].tolist(), 2, 2]
+    assert codes(resized) == codes(module)[:kept] + new.tolist()
+
+
+def test_groups_lie_behind_each_other():
+    module = small()
+    assert [len(module.group(k)) for k in range(3)] == [1, 2, 2]
+    assert torch.equal(torch.cat([module.group(k) for k in range(3)]), module.codes)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +129,7 @@ def test_damage_is_named(damage, message):
 @pytest.mark.parametrize("tokens_per_length", [(1, 1), (1, 1, 1), (2, 2, 2)])
 def test_layout_must_share_out_all_tokens(tokens_per_length):
     with pytest.raises(ValueError, match="does not share out 5 tokens over 3 code lengths"):
-        PackedCodes(5, (3, 5, 9), tokens_per_length)
+        PackedCodes(5, LENGTHS, tokens_per_length)
 
 
 def test_loading_other_codes_forgets_the_old_places():
@@ -109,6 +141,10 @@ def test_loading_other_codes_forgets_the_old_places():
     assert module.locate(torch.arange(5))[1].tolist() == [0, 0, 1, 0, 1]
 
 
+def test_a_file_holds_lengths_and_codes_and_no_ranks():
+    assert [*small().state_dict()] == ["length_indices", "codes"]
+
+
 def test_order_is_that_of_the_codes_and_follows_them(device):
     module = small().to(device)
     assert module.order().tolist() == [0, 4, 1, 3, 2]
@@ -116,24 +152,3 @@ def test_order_is_that_of_the_codes_and_follows_them(device):
     module.index()
     assert module.order().tolist() == [1, 2, 0, 4, 3]
     assert module.order().device == module.codes.device
-
-
-def test_resized_keeps_the_first_tokens_and_appends_the_longest_codes(device):
-    module = small().to(device)
-    resized = module.resized(4, torch.ones(2, 9, device=device))
-    resized.validate("t")
-    assert resized.assignment().tolist() == [0, 1, 2, 1, 2, 2]
-    for k in range(3):
-        kept = [token for token in range(4) if module.assignment()[token] == k]
-        places = torch.arange(len(kept), device=device)
-        assert torch.equal(resized.bits(k, places), module.bits(k, places))
-    assert resized.bits(2, torch.tensor([1, 2], device=device)).all()
-
-
-def test_of_takes_assignment_and_codes(device):
-    module = small().to(device)
-    again = PackedCodes.of(module.assignment(), module.ladder, module.codes)
-    assert {name: tensor.tolist() for name, tensor in again.state_dict().items()} == {
-        name: tensor.tolist() for name, tensor in module.state_dict().items()
-    }
-    assert {tensor.device for tensor in again.buffers()} == {module.codes.device}

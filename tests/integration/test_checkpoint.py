@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from hf_adacomp.integration.checkpoint import (
+    TRAINER_STATE,
     Stored,
     check_stored,
     check_tables,
@@ -13,79 +15,100 @@ from hf_adacomp.integration.checkpoint import (
 )
 
 
-def test_headers_tell_shapes_and_dtypes(tmp_path):
-    for file, tensors in (
-        ("a.safetensors", {"x": torch.zeros(2, 3)}),
-        ("b.safetensors", {"y": torch.zeros(4, dtype=torch.uint8)}),
-    ):
-        save_file(tensors, tmp_path / file)
-    found = stored_tensors(sorted(tmp_path.iterdir()))
-    assert found == {"x": Stored((2, 3), "F32"), "y": Stored((4,), "U8")}
-
-
-def test_other_formats_are_refused(tmp_path):
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="read from safetensors files only, because others may run code"):
-        stored_tensors([tmp_path / "pytorch_model.bin"])
-
-
-def test_files_that_are_cut_off_are_named(tmp_path):
-    save_file({"x": torch.zeros(100)}, tmp_path / "whole.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"cut.safetensors is no whole safetensors file .*copy or download it again"):
-        stored_tensors([tmp_path / "cut.safetensors"])
-
-
-def test_tables_that_the_config_does_not_name_are_found():
-    stored = {
-        "encoder.table.packed.codes": Stored((3,), "U8"),
-        "decoder.table.training_state.source": Stored((3, 2), "F32"),
+def test_tensors_of_all_files_are_known_by_shape_and_dtype(tmp_path):
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.uint8)}, tmp_path / "1.safetensors")
+    save_file({"c": torch.zeros(0, dtype=torch.bfloat16)}, tmp_path / "2.safetensors")
+    assert stored_tensors(sorted(tmp_path.iterdir())) == {
+        "a": Stored((2, 3), "F32"),
+        "b": Stored((4,), "U8"),
+        "c": Stored((0,), "BF16"),
     }
-    check_tables(["encoder.table", "decoder.table"], stored)
-    with pytest.raises(ValueError, match=r"holds 2 compressed tables, .* describes \['encoder.table'\]"):
-        check_tables(["encoder.table"], stored)
 
 
-EXPECTED = {"codes": torch.zeros(5, dtype=torch.uint8, device="meta"), "bias": torch.zeros(3, device="meta")}
+def test_files_that_may_run_code_are_refused_unread(tmp_path):
+    with pytest.raises(ValueError, match=r"from safetensors files only, .* got .*model.bin"):
+        stored_tensors([tmp_path / "model.bin"])
 
 
-@pytest.mark.parametrize("prefix", ["table", "model.table", "renamed"])
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_promised_tensors_are_found_under_any_prefix(prefix, dtype):
-    stored = {f"{prefix}.codes": Stored((5,), "U8"), f"{prefix}.bias": Stored((3,), dtype)}
-    check_stored("table", EXPECTED, stored)
+@pytest.mark.parametrize("kept", [0, 7, 30, -1])
+def test_a_file_that_is_not_whole_is_named(tmp_path, kept):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2, 3)}, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is no whole safetensors file"):
+        stored_tensors([file])
+
+
+def test_tables_that_the_config_forgets_are_found():
+    stored = {name: Stored((1,), "U8") for name in ("x.packed.codes", "y.training_state.source", "y.codes", "packed")}
+    check_tables(["x", "y"], stored)
+    check_tables(["renamed.x", "y"], stored)
+    with pytest.raises(ValueError, match=r"holds 2 compressed tables, \['x', 'y'\], .* describes \['x'\]"):
+        check_tables(["x"], stored)
+
+
+EXPECTED = {
+    "packed.codes": torch.empty(9, dtype=torch.uint8, device="meta"),
+    "scale": torch.empty(3, 1, device="meta"),
+}
+STORED = {"bert.table.packed.codes": Stored((9,), "U8"), "bert.table.scale": Stored((3, 1), "F32")}
+
+
+@pytest.mark.parametrize("name", ["bert.table", "table", "classifier.bert.table"])
+def test_tables_are_found_with_and_without_a_task_head(name):
+    check_stored(name, EXPECTED, STORED)
+
+
+def test_a_renamed_table_is_found_by_its_tensors():
+    check_stored("model.embed_tokens", EXPECTED, STORED)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+def test_floats_may_be_of_any_width(dtype):
+    check_stored("bert.table", EXPECTED, {**STORED, "bert.table.scale": Stored((3, 1), dtype)})
+
+
+@pytest.mark.parametrize("key", EXPECTED)
+def test_a_missing_tensor_is_named(key):
+    stored = {name: found for name, found in STORED.items() if not name.endswith(key)}
+    with pytest.raises(ValueError, match=f"lacks the tensor bert.table.{key}"):
+        check_stored("bert.table", EXPECTED, stored)
 
 
 @pytest.mark.parametrize(
-    ("codes", "message"),
+    ("key", "found", "wanted"),
     [
-        (None, "lacks the tensor table.codes"),
-        (
-            Stored((4,), "U8"),
-            r"table.codes must be U8 of shape \(5,\) .* holds U8 of shape \(4,\)",
-        ),
-        (Stored((5,), "F32"), "must be U8"),
+        ("packed.codes", Stored((8,), "U8"), r"U8 of shape \(9,\)"),
+        ("packed.codes", Stored((9,), "I8"), r"U8 of shape \(9,\)"),
+        ("scale", Stored((3,), "F32"), r"F16 or BF16 or F32 or F64 of shape \(3, 1\)"),
+        ("scale", Stored((3, 1), "I32"), r"F16 or BF16 or F32 or F64 of shape \(3, 1\)"),
     ],
 )
-def test_broken_promises_are_quoted(codes, message):
-    stored = {"table.bias": Stored((3,), "F32")} | ({"table.codes": codes} if codes else {})
-    with pytest.raises(ValueError, match=message):
-        check_stored("table", EXPECTED, stored)
+def test_another_shape_or_dtype_is_named(key, found, wanted):
+    with pytest.raises(ValueError, match=rf"bert.table.{key} must be {wanted} .* holds {found.dtype} of shape"):
+        check_stored("bert.table", EXPECTED, {**STORED, f"bert.table.{key}": found})
 
 
-def test_unfinished_checkpoints_are_named_with_their_fault(tmp_path):
+@pytest.mark.parametrize("name", ["bert.table", "table", "classifier.bert.table"])
+def test_a_right_tensor_of_another_table_does_not_do(name):
+    stored = {**STORED, "bert.table.packed.codes": Stored((8,), "U8"), "other.packed.codes": Stored((9,), "U8")}
+    with pytest.raises(ValueError, match=r"bert.table.packed.codes must be .* \(8,\)"):
+        check_stored(name, EXPECTED, stored)
+
+
+def test_unfinished_checkpoints_are_told_from_whole_ones(tmp_path):
     for step in (1, 2, 3, 4):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        save_file({"x": torch.zeros(9)}, folder / "model.safetensors")
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_')
-    weights = tmp_path / "checkpoint-4" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4])
+        save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+        (folder / TRAINER_STATE).write_text(json.dumps({"global_step": step}))
+    (tmp_path / "runs").mkdir()
+    assert unfinished_checkpoints(tmp_path) == {}
+    (tmp_path / "checkpoint-1" / TRAINER_STATE).unlink()
+    (tmp_path / "checkpoint-2" / TRAINER_STATE).write_text('{"global')
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"\0" * 4)
     found = unfinished_checkpoints(tmp_path)
-    assert list(found) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
-    assert "missing" in found["checkpoint-2"]
-    assert "cut off" in found["checkpoint-3"]
-    assert "no whole safetensors file" in found["checkpoint-4"]
+    assert [*found] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    reasons = (f"{TRAINER_STATE} is missing", f"{TRAINER_STATE} is cut off", "no whole safetensors file")
+    assert all(reason in fault for reason, fault in zip(reasons, found.values(), strict=True))
     assert unfinished_checkpoints(tmp_path / "nowhere") == {}

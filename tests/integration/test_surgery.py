@@ -1,67 +1,154 @@
 import pytest
 import torch
-from architectures import TIED
-from conftest import VOCABULARY, close
+from architectures import TIED, UNTIED
+from conftest import VOCABULARY
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
-from hf_adacomp.integration.surgery import install, put, replace_module, take_out
+from hf_adacomp.compat import tied_weights
+from hf_adacomp.integration.surgery import install, replace_module, take_out
 from hf_adacomp.integration.tables import compressed_embeddings, dense_tables
 from hf_adacomp.nn.head import CompressedHead, SharedEmbedding
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
-CONFIG = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
 
 
-def test_every_place_is_taken(counts):
-    model = TIED["bart"]()
-    install(model, CONFIG, counts)
-    assert isinstance(model.model.shared, AdaptiveCompressedEmbedding)
-    assert isinstance(model.model.encoder.embed_tokens, SharedEmbedding)
-    assert isinstance(model.model.decoder.embed_tokens, SharedEmbedding)
-    assert isinstance(model.lm_head, CompressedHead)
-    assert not any(module.training for module in model.eval().modules())
-    assert model.lm_head.embedding is model.model.decoder.embed_tokens.embedding is model.model.shared
+def settings(**changes) -> AdaCompConfig:
+    return AdaCompConfig(**{"code_lengths": (4, 8, 32), "target_ratio": 3, "codebook_dtype": "int8", **changes})
 
 
-def test_dense_heads_keep_a_copy(counts):
+def pack(model) -> None:
+    for table in compressed_embeddings(model).values():
+        table.pack()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "bart", "qwen3", "llama"])
+def test_every_place_of_a_table_reads_the_same_codes(name, counts):
+    model = {**TIED, **UNTIED}[name]()
+    (dense,) = dense_tables(model)
+    install(model, settings(), counts)
+    table = model.get_submodule(dense.name)
+    assert [*compressed_embeddings(model).values()] == [table]
+    for places, kind in ((dense.shared, SharedEmbedding), (dense.heads, CompressedHead)):
+        for place in places:
+            module = model.get_submodule(place)
+            assert type(module) is kind
+            assert module.embedding is table
+    assert not {*tied_weights(model), *tied_weights(model).values()} & dense.weights
+
+
+def test_a_dense_head_keeps_a_copy_of_its_weights(counts):
     model = TIED["gpt2"]()
-    weight = model.lm_head.weight.detach().clone()
-    (table,) = dense_tables(model)
-    put(model, table, AdaptiveCompressedEmbedding.from_embedding(table.owner, CONFIG, counts), "dense")
+    weight = model.lm_head.weight
+    install(model, settings(head="dense"), counts)
     assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight.data_ptr() != weight.data_ptr()
     assert torch.equal(model.lm_head.weight, weight)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bart", "gemma3"])
-def test_taken_out_it_is_tied_again(name, counts):
-    model = TIED[name]().eval()
-    before = dict(model.all_tied_weights_keys)
-    install(model, CONFIG, counts)
-    for table in compressed_embeddings(model).values():
-        table.pack()
-    ids = torch.arange(4, 13)[None]
-    with torch.no_grad():
-        expected = model(ids).logits
-        take_out(model)
-        assert close(model(ids).logits, expected, 1e-5)
-    assert compressed_embeddings(model) == {}
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert dict(model.all_tied_weights_keys) == before
-
-
-def test_counts_by_name_must_name_tables(counts):
-    with pytest.raises(ValueError, match=r"token_counts names \['nobody'\], but the tables to compress are"):
-        install(TIED["marian-split"](), CONFIG, {"nobody": counts})
+def test_counts_may_be_given_by_name_or_for_all(counts):
+    names = "model.encoder.embed_tokens", "model.decoder.embed_tokens"
     model = TIED["marian-split"]()
-    install(model, CONFIG, {"model.encoder.embed_tokens": counts})
-    warm = {table.num_embeddings: not table.cold for table in compressed_embeddings(model).values()}
-    assert warm == {VOCABULARY: True, 100: False}
+    install(model, settings(), {names[0]: counts, names[1]: torch.arange(100)})
+    tables = compressed_embeddings(model)
+    assert torch.equal(tables[names[0]].token_counts(), counts)
+    assert torch.equal(tables[names[1]].token_counts(), torch.arange(100))
+    model = TIED["marian-split"]()
+    install(model, settings(), {names[0]: counts})
+    assert [table.cold for table in compressed_embeddings(model).values()] == [False, True]
 
 
-def test_a_module_is_replaced_under_all_its_names():
-    model, new = nn.Module(), nn.Identity()
-    model.first = model.second = nn.Linear(2, 2)
-    model.inner = nn.Sequential(model.first, nn.ReLU())
-    replace_module(model, model.first, new)
-    assert model.first is model.second is model.inner[0] is new
+def test_counts_of_no_table_are_refused(bert, counts):
+    with pytest.raises(ValueError, match=r"token_counts names \['x'\], but the tables to compress are \['bert"):
+        install(bert, settings(), {"x": counts})
+
+
+def test_a_compressed_model_is_refused(bert, config):
+    install(bert, config)
+    with pytest.raises(ValueError, match=r"compressed already; decompress\(model\) undoes it"):
+        install(bert, config)
+
+
+def test_a_plain_module_is_refused_and_pointed_to_from_embedding(config):
+    with pytest.raises(ValueError, match=r"got Sequential.*from_embedding"):
+        install(nn.Sequential(nn.Embedding(3, 3)), config)
+
+
+def test_nothing_changes_where_one_of_two_tables_is_refused(counts):
+    model = TIED["marian-split"]()
+    with torch.no_grad():
+        model.model.decoder.embed_tokens.weight[7, 0] = float("inf")
+    modules, ties = [*model.named_modules()], dict(tied_weights(model))
+    with pytest.raises(ValueError, match="row of token 7"):
+        install(model, settings())
+    assert [*model.named_modules()] == modules
+    assert tied_weights(model) == ties
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "bart", "gemma3", "llama"])
+def test_taking_out_gives_the_classes_and_ties_of_before(name, counts):
+    model = {**TIED, **UNTIED}[name]()
+    (dense,) = dense_tables(model)
+    kinds, ties = {place: type(module) for place, module in model.named_modules()}, dict(tied_weights(model))
+    install(model, settings(), counts)
+    pack(model)
+    expected = compressed_embeddings(model)[dense.name].to_embedding().weight
+    take_out(model)
+    assert {place: type(module) for place, module in model.named_modules()} == kinds
+    assert tied_weights(model) == ties
+    weight = model.get_submodule(dense.name).weight
+    assert torch.equal(weight, expected)
+    assert all(model.get_submodule(place).weight is weight for place in (*dense.shared, *dense.heads))
+
+
+def test_taking_out_keeps_a_dense_head_and_unties_the_config(counts):
+    model = TIED["bert"]()
+    install(model, settings(head="dense"), counts)
+    head = model.get_output_embeddings()
+    kept = head.weight.detach().clone()
+    pack(model)
+    take_out(model)
+    assert model.get_output_embeddings() is head
+    assert torch.equal(head.weight, kept)
+    assert head.weight is not model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings is False
+    assert tied_weights(model) == {}
+    assert head.bias is not model.cls.predictions.bias
+
+
+def test_configs_inside_of_the_config_are_untied_along_with_it(counts):
+    model = TIED["qwen2-vl"]()
+    install(model, settings(head="dense"), counts)
+    pack(model)
+    take_out(model)
+    assert model.config.get_text_config() is not model.config
+    assert [config.tie_word_embeddings for config in (model.config, model.config.get_text_config())] == [False, False]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_of_the_table_is_kept_both_ways(training, counts):
+    model = TIED["gpt2"]().train(training)
+    install(model, settings(), counts)
+    assert model.get_input_embeddings().training == training
+    pack(model)
+    take_out(model)
+    assert model.get_input_embeddings().training == training
+
+
+def test_a_module_is_replaced_wherever_it_stands():
+    model, old, new = nn.Module(), nn.Linear(1, 1), nn.Linear(1, 1)
+    model.first = model.second = old
+    model.inner = nn.Sequential(old, nn.Linear(1, 1))
+    kept = model.inner[1]
+    replace_module(model, old, new)
+    assert (model.first, model.second, model.inner[0], model.inner[1]) == (new, new, new, kept)
+
+
+def test_what_is_put_in_computes_like_the_table_taken_from_it(counts):
+    model = TIED["gemma3"]().eval()
+    factor = float(model.get_input_embeddings().scalar_embed_scale)
+    install(model, settings(), counts)
+    table = model.get_input_embeddings()
+    assert isinstance(table, AdaptiveCompressedEmbedding)
+    ids = torch.arange(VOCABULARY)
+    assert torch.allclose(table(ids), factor * table.to_embedding().weight, atol=1e-5)

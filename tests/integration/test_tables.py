@@ -1,100 +1,194 @@
 import pytest
+import torch
 from architectures import TIED, UNTIED
-from conftest import VOCABULARY
+from conftest import VOCABULARY, tiny_bert_config
 from torch import nn
+from transformers import BertModel, ViTConfig, ViTModel
 
-from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress
+from hf_adacomp import AdaCompConfig, compress
 from hf_adacomp.integration.tables import (
     compressed_embeddings,
     compressed_heads,
+    config_ties,
+    dense_table,
     dense_tables,
     matching_table,
+    model_parts,
     named_modules,
     require_compressed,
     untied_heads,
 )
+from hf_adacomp.nn.head import SharedEmbedding
 
-CONFIG = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
+
+def settings(**changes) -> AdaCompConfig:
+    return AdaCompConfig(**{"code_lengths": (4, 8, 32), "target_ratio": 3, "codebook_dtype": "int8", **changes})
 
 
 @pytest.mark.parametrize(
-    ("name", "shared", "heads"),
+    ("name", "owner", "shared", "heads"),
     [
-        ("gpt2", set(), {"lm_head"}),
-        ("bert", set(), {"cls.predictions.decoder"}),
-        ("bart", {"model.encoder.embed_tokens", "model.decoder.embed_tokens"}, {"lm_head"}),
+        ("bert", "bert.embeddings.word_embeddings", set(), {"cls.predictions.decoder"}),
+        ("gpt2", "transformer.wte", set(), {"lm_head"}),
+        ("llama", "model.embed_tokens", set(), set()),
+        ("t5", "shared", {"encoder.embed_tokens", "decoder.embed_tokens"}, {"lm_head"}),
     ],
 )
-def test_all_places_of_a_table_are_found(name, shared, heads):
-    (table,) = dense_tables(TIED[name]())
-    assert set(table.shared) == shared
-    assert set(table.heads) == heads
-    assert table.weights == {f"{place}.weight" for place in (table.name, *shared, *heads)}
+def test_a_table_is_found_once_with_all_that_share_it(name, owner, shared, heads):
+    (table,) = dense_tables({**TIED, **UNTIED}[name]())
+    assert (table.name, {*table.heads}) == (owner, heads)
+    assert {*table.shared} <= shared  # some releases register one module under several names
+    assert table.weights == {f"{part}.weight" for part in (owner, *table.shared, *heads)}
 
 
-def test_tables_of_encoder_and_decoder_apart():
+@pytest.mark.parametrize("name", [*TIED, *UNTIED])
+def test_all_places_of_a_table_have_one_weight(name):
+    model = {**TIED, **UNTIED}[name]()
+    for table in dense_tables(model):
+        assert table.owner is model.get_submodule(table.name)
+        for place, module in {**table.shared, **table.heads}.items():
+            assert module is model.get_submodule(place)
+            assert module.weight is table.owner.weight
+
+
+def test_separate_tables_are_both_found_or_as_asked():
     model = TIED["marian-split"]()
-    tables = dense_tables(model)
-    assert [table.owner.num_embeddings for table in tables] == [VOCABULARY, 100]
-    (only,) = dense_tables(model, exclude=["*decoder*"])
-    assert only.owner.num_embeddings == VOCABULARY
+
+    def names(**asked):
+        return [table.name for table in dense_tables(model, **asked)]
+
+    encoder, decoder = "model.encoder.embed_tokens", "model.decoder.embed_tokens"
+    assert names() == [encoder, decoder]
+    assert names(exclude=["*decoder*"]) == [encoder]
+    assert names(include=["*.decoder.embed_tokens"]) == [decoder]
+    assert names(include=["*embed_tokens"], exclude=["*.encoder.*"]) == [decoder]
 
 
-@pytest.mark.parametrize("include", ["*position_embeddings", ["*position_embeddings"]])
-def test_patterns_choose_other_tables(bert, include):
-    (table,) = dense_tables(bert, include=include)
-    assert table.owner is bert.bert.embeddings.position_embeddings
-    with pytest.raises(ValueError, match=r"found none\) for include=\['nothing'\]"):
-        dense_tables(bert, include=["nothing"])
+def test_other_embeddings_may_be_asked_for(bert):
+    (table,) = dense_tables(bert, include=["*position_embeddings"])
+    assert table.name == "bert.embeddings.position_embeddings"
 
 
-def test_heads_of_an_unknown_kind_are_named():
-    model = TIED["gpt2"]()
-    model.set_output_embeddings(nn.Identity())
-    with pytest.raises(ValueError, match="output head that is not understood, a Identity"):
+def test_patterns_that_match_nothing_are_refused(bert):
+    for asked in ({"include": ["nothing"]}, {"exclude": ["*"]}):
+        with pytest.raises(ValueError, match=r"no token embeddings .*(include=\['nothing'\]|exclude=\['\*'\])"):
+            dense_tables(bert, **asked)
+
+
+def test_a_model_without_token_embeddings_is_refused():
+    model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    with pytest.raises(ValueError, match="cannot compress ViTPatchEmbeddings"):
         dense_tables(model)
 
 
-def test_declared_ties_must_be_made():
+def test_a_subclass_with_its_own_forward_is_refused(bert):
+    class Scaled(nn.Embedding):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    bert.set_input_embeddings(Scaled(VOCABULARY, 32))
+    with pytest.raises(ValueError, match="cannot compress Scaled"):
+        dense_tables(bert)
+
+
+def test_head_of_another_kind_or_with_its_own_weights_is_refused():
     model = TIED["gpt2"]()
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(ValueError, match=r"declares 'lm_head.weight' tied .*call model.tie_weights\(\)"):
+    model.lm_head = nn.Bilinear(2, 2, 2)
+    with pytest.raises(ValueError, match="not understood, a Bilinear"):
         dense_tables(model)
+    model = TIED["gpt2"]()
+    model.lm_head = nn.Linear(32, VOCABULARY, bias=False)
+    with pytest.raises(ValueError, match=r"declares 'lm_head.weight' tied .* different tensors"):
+        dense_tables(model)
+
+
+def test_ties_by_way_of_a_third_are_followed():
+    model = TIED["gpt2"]()
+    ties = {"a.weight": "b.weight", "b.weight": "transformer.wte.weight", "lm_head.weight": "transformer.wte.weight"}
+    model.all_tied_weights_keys = ties
+    with pytest.raises(ValueError, match=r"declares 'a.weight' tied to 'transformer.wte.weight'"):
+        dense_tables(model)
+
+
+def test_sharing_that_is_not_understood_is_refused():
+    model = TIED["gpt2"]()
+    model.other = nn.Conv1d(1, 1, 1)
+    model.other.weight = model.transformer.wte.weight
+    with pytest.raises(ValueError, match=r"ties its token embeddings 'transformer.wte' to 'other', a Conv1d"):
+        dense_tables(model)
+    model.other = nn.Embedding(VOCABULARY, 32, padding_idx=3)
+    model.other.weight = model.transformer.wte.weight
+    with pytest.raises(ValueError, match=r"to 'other', a Embedding: only embeddings with the same scale"):
+        dense_tables(model)
+
+
+def test_ties_that_are_declared_but_not_made_yet_are_found():
+    """As it is while transformers loads a model."""
+    with torch.device("meta"):
+        model = TIED["gpt2"]()
+    model.lm_head.weight = nn.Parameter(torch.empty(VOCABULARY, 32, device="meta"))
+    assert [*dense_table(model, "transformer.wte", model.transformer.wte).heads] == ["lm_head"]
 
 
 @pytest.mark.parametrize("stored", ["bert.embeddings.word_embeddings", "embeddings.word_embeddings"])
-def test_names_match_with_or_without_the_task_head(bert, stored):
+def test_a_stored_table_is_found_with_and_without_a_task_head(bert, stored):
     assert matching_table(bert, stored).owner is bert.get_input_embeddings()
-    assert matching_table(bert.bert, stored).owner is bert.get_input_embeddings()
-    with pytest.raises(ValueError, match=r"has no nn\.Embedding of that name"):
-        matching_table(bert, "decoder.word_embeddings")
+    bare = BertModel(tiny_bert_config())
+    assert matching_table(bare, stored).owner is bare.get_input_embeddings()
 
 
-def test_compressed_parts_are_found():
-    model = compress(TIED["bart"](), CONFIG)
-    assert list(compressed_embeddings(model)) == ["model.shared"]
-    assert list(compressed_heads(model)) == ["lm_head"]
-    assert untied_heads(model) == {}
+@pytest.mark.parametrize("stored", ["word", "bert.encoder", "xembeddings.word_embeddings"])
+def test_a_stored_table_that_the_model_lacks_is_named(bert, stored):
+    with pytest.raises(ValueError, match=rf"names a compressed table '{stored}', but BertForSequenceClassification"):
+        matching_table(bert, stored)
 
 
-def test_heads_with_weights_of_their_own_are_found():
-    model = compress(TIED["gpt2"](), AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8", head="dense"))
-    assert list(untied_heads(model)) == ["lm_head"]
-    assert untied_heads(compress(UNTIED["llama"](), CONFIG)) == {}
+def test_parts_of_a_model_carry_the_prefix_of_their_parameters():
+    model = TIED["bert"]()
+    assert [prefix for prefix, _ in model_parts(model)] == ["", "bert."]
+    for prefix, part in model_parts(model):
+        assert {prefix + name for name, _ in part.named_parameters()} <= {name for name, _ in model.named_parameters()}
 
 
-def test_objects_that_hold_models_are_looked_into():
+def test_compressed_tables_and_heads_are_found_by_name(counts):
+    model = compress(TIED["bart"](), settings(), counts)
+    (table,) = require_compressed(model).values()
+    (head,) = compressed_heads(model).values()
+    assert head is model.get_output_embeddings()
+    assert head.embedding is table
+    assert compressed_embeddings(model) == require_compressed(model)
+    assert all(m.embedding is table for m in model.modules() if isinstance(m, SharedEmbedding))
+
+
+def test_a_model_without_compressed_tables_is_refused_by_its_class(bert):
+    assert compressed_embeddings(bert) == compressed_heads(bert) == {}
+    with pytest.raises(ValueError, match="BertForSequenceClassification has no compressed embedding: call compress"):
+        require_compressed(bert)
+
+
+def test_untied_heads_are_those_that_kept_their_own_weights(counts):
+    model = compress(TIED["gpt2"](), settings(head="dense"), counts)
+    assert untied_heads(model) == {"lm_head": model.lm_head}
+    assert untied_heads(compress(TIED["gpt2"](), settings(), counts)) == {}
+    assert untied_heads(compress(UNTIED["llama"](), settings(), counts)) == {}
+    assert untied_heads(TIED["gpt2"]()) == {}
+    assert untied_heads(nn.Linear(32, VOCABULARY)) == {}
+
+
+def test_ties_are_what_the_config_says():
+    assert config_ties(TIED["llama-tied"]())
+    assert not config_ties(UNTIED["llama"]())
+
+
+def test_objects_that_hold_models_are_looked_into(packed_bert):
     class Holder:
         """As SetFit's model: no module itself."""
 
         def __init__(self):
-            self.body, self.head, self.name = compress(TIED["gpt2"](), CONFIG), nn.Linear(2, 2), "holder"
+            self.body, self.head, self.name = packed_bert, nn.Linear(2, 2), "holder"
 
-    holder = Holder()
-    assert {"body.transformer.wte", "head"} <= set(named_modules(holder))
-    assert isinstance(require_compressed(holder)["body.transformer.wte"], AdaptiveCompressedEmbedding)
-
-
-def test_no_compressed_table_is_an_error(bert):
-    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no compressed embedding: call compress"):
-        require_compressed(bert)
+    holder, table = Holder(), "body.bert.embeddings.word_embeddings"
+    assert {table, "head"} <= set(named_modules(holder))
+    assert require_compressed(holder)[table] is packed_bert.get_input_embeddings()
