@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import random
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def child_environment() -> dict[str, str]:
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path}
+
+
+def torchrun(processes: int, script: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a script in so many processes of one training; one runs without a launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *map(str, arguments)]
+    environment = {**child_environment(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
 def command_line(options: dict[str, object]) -> list[str]:

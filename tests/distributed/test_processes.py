@@ -1,14 +1,11 @@
 """Training in two processes with stock PyTorch and Trainer (gloo, on the CPU)."""
 
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import torchrun
 from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -22,20 +19,9 @@ ROWS = 8
 """Rows of all processes together in a step."""
 
 
-def run(folder: Path, processes: int, checkpoint: str | None = None) -> subprocess.CompletedProcess:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    arguments = [str(folder), str(ROWS // processes), *([checkpoint] if checkpoint else [])]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *arguments]
-    environment = {**child_environment(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-
-
 def tensors(folder: Path, processes: int, checkpoint: str | None = None) -> list[dict[str, torch.Tensor]]:
     """What each process of a training ends with."""
-    done = run(folder, processes, checkpoint)
+    done = torchrun(processes, SCRIPT, folder, ROWS // processes, *([checkpoint] if checkpoint else []))
     assert done.returncode == 0, done.stderr
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(processes)]
 
