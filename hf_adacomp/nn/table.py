@@ -99,9 +99,12 @@ class CodedTable(nn.Module):
             state.set_counts(token_counts)
         if metric is not None:
             state.set_metric(metric)
-        budget, seed, weights = self.budget(), self.config.seed, state.weigh_tokens()
-        cost = fit_codebooks(self.books, state.source, weights, state.metric, budget, seed, show_progress)
-        state.start(cost, budget)
+        budget, seed = self.budget(), self.config.seed
+        # An evaluation may ask for the fit in the middle of a forward pass.
+        with torch.inference_mode(False), torch.autocast(state.source.device.type, enabled=False):
+            weights = state.weigh_tokens()
+            cost = fit_codebooks(self.books, state.source, weights, state.metric, budget, seed, show_progress)
+            state.start(cost, budget)
         if not state.observation.counting and (metric is not None or not self.config.measured):
             state.end_observation()
 

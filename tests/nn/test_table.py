@@ -91,3 +91,18 @@ def test_what_is_not_there_is_asked_for_by_name(table):
         with pytest.raises(ValueError, match=f"{verb} is not possible on a packed embedding"):
             getattr(table, verb)()
     assert table.coder is table.training_state is None
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_fit_is_the_same_wherever_it_is_asked_for(config, context):
+    found = []
+    for surrounded in (False, True):
+        torch.manual_seed(0)
+        table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, DIM), config)
+        table.train()(torch.arange(9)).square().sum().backward()
+        table.training_state.recount()
+        with context() if surrounded else torch.no_grad():
+            table.eval()(torch.arange(9))
+        found.append(table.state_dict())
+        table.train()(torch.arange(9)).sum().backward()  # goes on learning
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
