@@ -1,5 +1,6 @@
 """Ranks end with the same table whatever way a training is shared out, or are told why not."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).with_name("ways.py")
 
 
-@pytest.mark.parametrize("way", ["streams", "checkpointing", "static_graph", "other_start", "sharded"])
+@pytest.mark.parametrize("way", ["streams", "checkpointing", "accumulation", "static_graph", "other_start", "sharded"])
 def test_ranks_agree(tmp_path, way):
     done = torchrun(2, SCRIPT, tmp_path, way)
     assert done.returncode == 0, done.stderr
@@ -19,7 +20,14 @@ def test_ranks_agree(tmp_path, way):
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def test_ranks_that_train_apart_are_told(tmp_path):
-    done = torchrun(2, SCRIPT, tmp_path, "apart")
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("apart", "ranks 0 and 1 have trained different tables"),
+        ("sharded_in_training", "parameters of a compressed table are sharded .*or shard the packed model"),
+    ],
+)
+def test_what_cannot_work_is_told(tmp_path, way, reason):
+    done = torchrun(2, SCRIPT, tmp_path, way)
     assert done.returncode != 0
-    assert "ranks 0 and 1 have trained different tables" in done.stderr
+    assert re.search(reason, done.stderr)

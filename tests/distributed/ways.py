@@ -34,14 +34,22 @@ def model_of_seed(seed: int) -> BertForSequenceClassification:
     return BertForSequenceClassification(tiny_bert_config(num_hidden_layers=1))
 
 
-def by_trainer(folder: Path, **settings) -> torch.nn.Module:
+def by_trainer(folder: Path, **settings) -> dict[str, torch.Tensor]:
     arguments = TrainingArguments(
-        str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-3, **settings
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        **settings,
     )
     model = compress(model_of_seed(0), CONFIG)
     trainer = Trainer(model, arguments, train_dataset=Stream(), callbacks=[AdaCompCallback()])
     trainer.train()
-    return model.get_input_embeddings()
+    return model.get_input_embeddings().state_dict()
 
 
 def loop(model: torch.nn.Module, table, wrapped: torch.nn.Module) -> None:
@@ -55,24 +63,24 @@ def loop(model: torch.nn.Module, table, wrapped: torch.nn.Module) -> None:
         optimizer.zero_grad()
 
 
-def by_hand(seed: int = 0, **settings) -> torch.nn.Module:
+def by_hand(seed: int = 0, **settings) -> dict[str, torch.Tensor]:
     """DDP in a loop, the phases of the table included."""
     model = compress(model_of_seed(seed), CONFIG).train()
     table = model.get_input_embeddings()
     loop(model, table, DistributedDataParallel(model, **settings))
     table.check_ranks()
     table.pack()
-    return table
+    return table.state_dict()
 
 
-def apart() -> torch.nn.Module:
+def apart() -> dict[str, torch.Tensor]:
     """No DDP at all: each process trains a model of its own."""
     model = compress(model_of_seed(0), CONFIG).train()
     loop(model, model.get_input_embeddings(), model)
-    return model.get_input_embeddings()
+    return model.get_input_embeddings().state_dict()
 
 
-def sharded() -> torch.nn.Module:
+def sharded() -> dict[str, torch.Tensor]:
     """A packed model under FSDP2."""
     model = pack(compress(model_of_seed(0), CONFIG, torch.arange(VOCABULARY))).train()
     table = model.get_input_embeddings()
@@ -84,26 +92,35 @@ def sharded() -> torch.nn.Module:
     return gathered
 
 
+def sharded_in_training() -> dict[str, torch.Tensor]:
+    """FSDP2 while the table is learned."""
+    model = compress(model_of_seed(0), CONFIG).train()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    loop(model, model.get_input_embeddings(), model)
+    return {}
+
+
+BY_TRAINER = {
+    "streams": {"accelerator_config": {"dispatch_batches": False}},
+    "checkpointing": {"gradient_checkpointing": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False},
+}
+BY_HAND = {
+    "static_graph": lambda: by_hand(static_graph=True),
+    "other_start": lambda: by_hand(seed=dist.get_rank()),
+    "apart": apart,
+    "sharded": sharded,
+    "sharded_in_training": sharded_in_training,
+}
+
+
 def main(folder: Path, way: str) -> None:
     torch.set_num_threads(1)
-    common = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
-    if way in ("streams", "checkpointing"):
-        settings = (
-            {"accelerator_config": {"dispatch_batches": False}}
-            if way == "streams"
-            else {"gradient_checkpointing": True}
-        )
-        table = by_trainer(folder, **common, **settings)
+    if way in BY_TRAINER:
+        state = by_trainer(folder, **BY_TRAINER[way])
     else:
         dist.init_process_group("gloo")
-        ways = {
-            "static_graph": lambda: by_hand(static_graph=True),
-            "other_start": lambda: by_hand(seed=dist.get_rank()),
-            "apart": apart,
-            "sharded": sharded,
-        }
-        table = ways[way]()
-    state = table if isinstance(table, dict) else table.state_dict()
+        state = BY_HAND[way]()
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()}, folder / f"rank{dist.get_rank()}.safetensors"
     )
