@@ -71,16 +71,15 @@ class PackedCodes(nn.Module):
         packed.index()
         return packed
 
-    def resized(self, num_tokens: int, new_codes: Tensor) -> PackedCodes:
-        """A copy for `num_tokens` tokens: the first of these, then new ones with codes (N, L) of the longest length."""
-        assignment = self.assignment()[:num_tokens]
-        longest = torch.full((len(new_codes),), len(self.ladder) - 1, dtype=torch.uint8, device=assignment.device)
+    def resized(self, kept: Tensor, new_codes: Tensor) -> PackedCodes:
+        """A copy for some tokens, int64 (K,), in that order, and new ones with codes (N, L) of the longest length."""
+        lengths, places = self.locate(kept)
+        longest = torch.full((len(new_codes),), len(self.ladder) - 1, dtype=torch.uint8, device=lengths.device)
         groups = []
         for k in range(len(self.ladder)):
-            kept = torch.arange(int((assignment == k).sum()), device=assignment.device)  # token order inside a group
-            bits = self.bits(k, kept)
+            bits = self.bits(k, places[lengths == k])
             groups.append(pack_bits(bits if k < len(self.ladder) - 1 else torch.cat([bits, new_codes])))
-        return PackedCodes.of(torch.cat([assignment, longest]), self.ladder, torch.cat(groups))
+        return PackedCodes.of(torch.cat([lengths, longest]), self.ladder, torch.cat(groups))
 
     def assignment(self) -> Tensor:
         """Length index of every token, uint8 (V,)."""

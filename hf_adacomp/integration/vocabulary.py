@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,17 @@ from transformers import PreTrainedModel
 from ..codes.codebook import BinaryCodebook
 from ..codes.descent import nearest_bits
 from ..nn.embedding import AdaptiveCompressedEmbedding
-from .tables import compressed_heads, require_compressed, untied_heads
+from .tables import compressed_heads, model_parts, require_compressed
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def add_tokens(model: Model, num_tokens: int) -> Model:
+def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> Model:
     """Append `num_tokens` tokens to the packed table of `model`, in place, and to its output head; returns `model`.
 
-    Each gets a code of the longest length whose vector is close to the mean vector, no two alike. Like all packed
-    tokens they learn in further training what code-book scales and biases can express.
+    Each gets a code of the longest length: the nearest to its vector, or one close to the mean vector, no two alike.
+    Like all packed tokens they learn in further training what code-book scales and biases can express. A head with
+    weights of its own gets the mean of its rows.
 
     >>> import torch
     >>> from hf_adacomp import AdaCompConfig, add_tokens, compress, pack
@@ -30,28 +32,66 @@ def add_tokens(model: Model, num_tokens: int) -> Model:
     >>> add_tokens(model, 5).get_input_embeddings().num_embeddings
     1005
 
+    Args:
+        model: With one packed table.
+        num_tokens: How many tokens N.
+        vectors: Their vectors as the embedding returns them, (N, d), such as the means of the pieces of new words.
+
     Raises:
-        ValueError: For a negative number, for a model with several tables, or for one that is not packed yet: call
-            `model.resize_token_embeddings` before `compress`, or `pack` first.
+        ValueError: For a negative number, vectors of another shape, a model with several tables, or one that is not
+            packed yet: call `model.resize_token_embeddings` before `compress`, or `pack` first.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative; got {num_tokens}. To drop tokens, keep_tokens(model, n)")
     embedding = _only_packed_table(model)
-    _resize(model, embedding, embedding.num_embeddings, _mean_codes(embedding, num_tokens))
+    book = embedding.books[-1]
+    if vectors is None:
+        vectors = _mean_vector(embedding).expand(num_tokens, -1)
+    elif vectors.shape != (num_tokens, embedding.embedding_dim) or not vectors.isfinite().all():
+        raise ValueError(
+            f"vectors must be finite numbers of shape ({num_tokens}, {embedding.embedding_dim}); got shape "
+            f"{tuple(vectors.shape)}"
+        )
+    else:
+        vectors = vectors.detach().to(book.bias.device, torch.float32) / embedding.scale
+    codes = nearest_codes(book, vectors, embedding.config.seed)
+    _resize(model, embedding, torch.arange(embedding.num_embeddings, device=codes.device), codes)
     return model
 
 
-def keep_tokens(model: Model, num_tokens: int) -> Model:
-    """Drop all but the first `num_tokens` tokens of the packed table of `model`, in place; returns `model`."""
+def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
+    """Drop tokens of the packed table of `model`, in place, and of its output head; returns `model`.
+
+    Token ids in its config and generation config (`pad_token_id` and the like) follow their tokens; the tokenizer is
+    yours to trim.
+
+    >>> import torch
+    >>> from hf_adacomp import AdaCompConfig, compress, keep_tokens, pack
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> model = pack(compress(model, AdaCompConfig(target_ratio=20), 1000 // torch.arange(1, 1001)))
+    >>> keep_tokens(model, [0, 7, 5]).get_input_embeddings().num_embeddings
+    3
+
+    Args:
+        model: With one packed table.
+        tokens: How many of the first tokens to keep, or the ids of those to keep, in their new order.
+
+    Raises:
+        ValueError: For ids that are not there or twice, and where the padding token is not among them.
+    """
     embedding = _only_packed_table(model)
-    if not 0 < num_tokens <= embedding.num_embeddings:
-        raise ValueError(
-            f"cannot keep {num_tokens} of {embedding.num_embeddings} tokens. For more, add_tokens(model, n)"
-        )
-    if embedding.padding_idx is not None and num_tokens <= embedding.padding_idx:
-        raise ValueError(f"cannot drop the padding token {embedding.padding_idx}: keep more than {num_tokens} tokens")
-    book = embedding.books[-1]
-    _resize(model, embedding, num_tokens, torch.zeros(0, book.length, dtype=torch.uint8, device=book.bias.device))
+    device = embedding.books[-1].bias.device
+    total = embedding.num_embeddings
+    kept = torch.arange(tokens) if isinstance(tokens, int) else torch.as_tensor(tokens)
+    if kept.dim() != 1 or kept.is_floating_point() or not 0 < len(kept) <= total:
+        raise ValueError(f"cannot keep {tokens} of {total} tokens. For more, add_tokens(model, n)")
+    if not 0 <= int(kept.min()) <= int(kept.max()) < total or len(kept.unique()) < len(kept):
+        raise ValueError(f"tokens to keep must be different ids from 0 to {total - 1}; got {kept.tolist()[:20]}")
+    if embedding.padding_idx is not None and not (kept == embedding.padding_idx).any():
+        raise ValueError(f"cannot drop the padding token {embedding.padding_idx}: keep it, too")
+    none = torch.zeros(0, embedding.books[-1].length, dtype=torch.uint8, device=device)
+    _resize(model, embedding, kept.to(device, torch.int64), none)
     return model
 
 
@@ -87,28 +127,45 @@ def _only_packed_table(model: PreTrainedModel) -> AdaptiveCompressedEmbedding:
 
 
 @torch.no_grad()
-def _resize(model: PreTrainedModel, embedding: AdaptiveCompressedEmbedding, kept: int, new_codes: Tensor) -> None:
-    total = kept + len(new_codes)
+def _resize(model: PreTrainedModel, embedding: AdaptiveCompressedEmbedding, kept: Tensor, new_codes: Tensor) -> None:
+    before, total = embedding.num_embeddings, len(kept) + len(new_codes)
     for compressed in compressed_heads(model).values():
         compressed.out_features = total
         if compressed.bias is not None:
             _replace(model, compressed.bias, kept, total)
-    for untied in untied_heads(model).values():
-        untied.out_features = total
-        _replace(model, cast(nn.Parameter, untied.weight), kept, total)
-        if untied.bias is not None:
-            _replace(model, untied.bias, kept, total)
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and head.out_features == before:  # with weights of its own
+        head.out_features = total
+        for parameter in [*head.parameters()]:
+            _replace(model, parameter, kept, total)
     logits_bias: Tensor | None = getattr(model, "final_logits_bias", None)  # (1, V), of Bart and its kin
     if logits_bias is not None:
         model.register_buffer("final_logits_bias", _resized(logits_bias.T, kept, total).T)
     embedding.resize(kept, new_codes)
+    for _, part in model_parts(model):
+        if getattr(part, "vocab_size", None) == before:  # which some losses and routers read
+            part.vocab_size = total
     text_config = model.config.get_text_config()
     text_config.vocab_size = total
     if hasattr(text_config, "decoder_vocab_size"):
         text_config.decoder_vocab_size = total
+    places = dict.fromkeys(range(before)) | {token: place for place, token in enumerate(kept.tolist())}
+    configs = (model.config, text_config, getattr(model, "generation_config", None))
+    for config in {id(config): config for config in configs if config is not None}.values():
+        _renumber(config, places)
 
 
-def _replace(model: nn.Module, old: nn.Parameter, kept: int, total: int) -> None:
+def _renumber(config: Any, places: Mapping[int, int | None]) -> None:
+    """Give token ids in a config the places of their tokens, None for dropped ones; ids that never were stay."""
+    for name, value in [*vars(config).items()]:
+        if name.endswith("_token_id") and isinstance(value, int):
+            setattr(config, name, places.get(value, value))
+        elif name.endswith("_token_id") and isinstance(value, list):
+            found = [places.get(token, token) for token in value]
+            setattr(config, name, [token for token in found if token is not None])
+
+
+def _replace(model: nn.Module, old: nn.Parameter, kept: Tensor, total: int) -> None:
     new = nn.Parameter(_resized(old, kept, total), old.requires_grad)
     for module in model.modules():
         for name, value in [*module.named_parameters(recurse=False)]:
@@ -116,25 +173,26 @@ def _replace(model: nn.Module, old: nn.Parameter, kept: int, total: int) -> None
                 setattr(module, name, new)
 
 
-def _resized(rows: Tensor, kept: int, total: int) -> Tensor:
+def _resized(rows: Tensor, kept: Tensor, total: int) -> Tensor:
     mean = rows.mean(dim=0, keepdim=True)
-    return torch.cat([rows[:kept], mean.expand(total - kept, *rows.shape[1:])])
+    return torch.cat([rows[kept.to(rows.device)], mean.expand(total - len(kept), *rows.shape[1:])])
 
 
 @torch.no_grad()
-def _mean_codes(embedding: AdaptiveCompressedEmbedding, num_tokens: int) -> Tensor:
-    """Codes of the longest length near the mean vector, uint8 (num_tokens, L)."""
+def _mean_vector(embedding: AdaptiveCompressedEmbedding) -> Tensor:
+    """The mean of all vectors, before the embedding's scale, float32 (1, d)."""
     book = embedding.books[-1]
     blocks = torch.arange(embedding.num_embeddings, device=book.bias.device).split(book.block)
     decoder = embedding.hard_decoder()
-    mean = torch.stack([decoder.vectors(block).float().sum(dim=0) for block in blocks]).sum(dim=0)
-    return nearest_codes(book, mean / embedding.num_embeddings, num_tokens, embedding.config.seed)
+    total = torch.stack([decoder.vectors(block).float().sum(dim=0) for block in blocks]).sum(dim=0)
+    return total[None] / embedding.num_embeddings
 
 
-def nearest_codes(book: BinaryCodebook, target: Tensor, num_codes: int, seed: int) -> Tensor:
-    """Codes whose vectors are close to `target` (d,), each from a random start, (N, L) uint8."""
+@torch.no_grad()
+def nearest_codes(book: BinaryCodebook, targets: Tensor, seed: int) -> Tensor:
+    """Codes whose vectors are close to targets, (N, d), each from a random start, (N, L) uint8."""
     generator = torch.Generator().manual_seed(seed)
     stored = book.stored()
     vectors, bias = stored.vectors.float(), stored.bias.float()
-    start = torch.randint(0, 2, (num_codes, book.length), generator=generator).to(vectors)
-    return nearest_bits(target.expand(num_codes, -1), vectors, bias, start=start).to(torch.uint8)
+    start = torch.randint(0, 2, (len(targets), book.length), generator=generator).to(vectors)
+    return nearest_bits(targets.to(vectors), vectors, bias, start=start).to(torch.uint8)

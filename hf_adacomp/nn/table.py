@@ -192,10 +192,12 @@ class CodedTable(nn.Module):
             book.pack()
         self.training_state, self.packed = None, packed
 
-    def resize(self, kept: int, new_codes: Tensor) -> None:
-        """Keep the first tokens of a packed table and append some with these codes of the longest length, (N, L)."""
+    def resize(self, kept: Tensor, new_codes: Tensor) -> None:
+        """Keep tokens of a packed table, int64 (K,), in that order; append some with codes (N, L), of the longest."""
         self.packed = self.require_packed().resized(kept, new_codes)
         self.num_embeddings = self.packed.num_tokens
+        if self.padding_idx is not None:
+            self.padding_idx = kept.tolist().index(self.padding_idx)
 
     def require_packed(self) -> PackedCodes:
         """The packed codes; ValueError before there are any."""

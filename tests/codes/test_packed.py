@@ -86,13 +86,13 @@ def test_codes_that_move_are_still_found(device):
     assert codes(small().to(device)) == codes(small())
 
 
-@pytest.mark.parametrize("kept", [5, 3, 1])
-def test_resized_codes_keep_the_first_tokens_and_append_the_longest_codes(kept, device):
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [0, 1, 2], [0], [4, 1, 2, 0]])
+def test_resized_codes_keep_tokens_in_order_and_append_the_longest_codes(kept, device):
     module, new = small(device), torch.ones(2, 9, device=device)
-    resized = module.resized(kept, new)
+    resized = module.resized(torch.tensor(kept, device=device), new)
     resized.validate("t")
-    assert resized.assignment().tolist() == [*ASSIGNMENT[:kept].tolist(), 2, 2]
-    assert codes(resized) == codes(module)[:kept] + new.tolist()
+    assert resized.assignment().tolist() == [*ASSIGNMENT[kept].tolist(), 2, 2]
+    assert codes(resized) == [codes(module)[token] for token in kept] + new.tolist()
 
 
 def test_groups_lie_behind_each_other():

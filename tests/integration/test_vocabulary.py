@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from architectures import TIED
+from architectures import TIED, UNTIED
 from conftest import LENGTHS, VOCABULARY, close, same_state
 
 from hf_adacomp import AdaCompConfig, add_tokens, compress, keep_tokens, pack
@@ -58,7 +58,7 @@ def test_nearest_codes_find_a_vector_of_the_codebook(packed_bert):
     stored, bits = book.stored(), torch.zeros(1, book.length)
     bits[0, :3] = 1
     vector = stored.decode(bits)[0].detach()
-    found = stored.decode(nearest_codes(book, vector, 32, seed=0).float())
+    found = stored.decode(nearest_codes(book, vector.expand(32, -1), seed=0).float())
     assert (found - vector).norm(dim=1).min() < 0.5 * vector.norm()
 
 
@@ -103,3 +103,92 @@ def test_padding_token_cannot_be_dropped(counts):
     model.get_input_embeddings().padding_idx = 5
     with pytest.raises(ValueError, match="cannot drop the padding token 5"):
         keep_tokens(model, 5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "bert"])
+def test_listed_tokens_are_kept_in_their_order(name, counts, tmp_path):
+    model = packed(name, counts)
+    kept = torch.tensor([0, 1, 2, 3, *range(300, 99, -1)])
+    places = torch.arange(len(kept))
+    before = logits(model, kept[None, :20])
+    vectors = model.get_input_embeddings()(kept)
+    assert keep_tokens(model, kept) is model
+    assert torch.equal(model.get_input_embeddings()(places), vectors)
+    after = logits(model, places[None, :20])
+    assert torch.allclose(after, before[..., kept], atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert same_state(loaded, model)
+    assert loaded.config.get_text_config().vocab_size == len(kept)
+
+
+def test_ids_in_configs_follow_their_tokens(counts):
+    model = packed("llama-tied", counts)
+    model.config.eos_token_id, model.config.bos_token_id = 9, 7
+    model.generation_config.eos_token_id = [9, 7, 500]
+    keep_tokens(model, [5, 0, 9, 8])
+    assert (model.config.pad_token_id, model.config.eos_token_id, model.config.bos_token_id) == (1, 2, None)
+    assert model.generation_config.eos_token_id == [2]
+    assert model.get_input_embeddings().padding_idx == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "cannot keep"),
+        ([0, 5, 5], "different ids from 0 to 511"),
+        ([0, 512], "different ids from 0 to 511"),
+        ([0, -1], "different ids"),
+        (torch.tensor([0.0, 1.0]), "cannot keep"),
+        ([1, 2], "cannot drop the padding token 0"),
+        (513, "cannot keep 513 of 512 tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_kept_are_quoted(packed_bert, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        keep_tokens(packed_bert, tokens)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_new_tokens_start_at_given_vectors(name, counts):
+    model = packed(name, counts, code_lengths=(4, 8, 64), target_ratio=2)
+    table = model.get_input_embeddings()
+    pieces = table(torch.tensor([[5, 6], [7, 8], [20, 30]])).mean(1)
+    mean = table(torch.arange(VOCABULARY)).mean(0)
+    add_tokens(model, 3, vectors=pieces)
+    new = table(torch.arange(VOCABULARY, VOCABULARY + 3))
+    assert ((new - pieces).norm(dim=1) < 0.7 * (mean - pieces).norm(dim=1)).all()
+
+
+def test_vectors_of_another_shape_are_quoted(packed_bert):
+    with pytest.raises(ValueError, match=r"of shape \(2, 32\); got shape \(3, 32\)"):
+        add_tokens(packed_bert, 2, vectors=torch.zeros(3, 32))
+    with pytest.raises(ValueError, match="finite"):
+        add_tokens(packed_bert, 2, vectors=torch.full((2, 32), torch.nan))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt-neox"])
+def test_heads_of_their_own_are_resized_along(name, counts, tmp_path):
+    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    model = pack(compress(UNTIED[name]().eval(), config, counts)).eval()
+    ids = torch.randint(4, 100, (2, 5))
+    before = logits(model, ids)
+    model.resize_token_embeddings(VOCABULARY + 3)
+    after = logits(model, ids)
+    assert after.shape[-1] == VOCABULARY + 3
+    assert torch.allclose(after[..., :VOCABULARY], before, atol=1e-6)
+    assert model.train()(ids, labels=ids).loss.isfinite()
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert close(logits(loaded, ids), after)
+    model.resize_token_embeddings(100)
+    assert torch.allclose(logits(model, ids), before[..., :100], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama-tied"])
+def test_losses_know_the_new_size(name, counts):
+    model = packed(name, counts)
+    model.resize_token_embeddings(VOCABULARY + 3)
+    assert model.vocab_size == model.config.vocab_size == VOCABULARY + 3
+    ids = torch.randint(4, VOCABULARY + 3, (2, 5))
+    assert model(ids, labels=ids).loss.isfinite()

@@ -75,7 +75,7 @@ def test_dense_checkpoints_are_refused(table, form):
 def test_packed_tables_grow_by_codes_of_the_longest_length(table, device):
     table.pack()
     before = table.eval()(torch.arange(VOCABULARY, device=device))
-    table.resize(VOCABULARY - 2, torch.ones(5, LENGTHS[-1], device=device))
+    table.resize(torch.arange(VOCABULARY - 2, device=device), torch.ones(5, LENGTHS[-1], device=device))
     assert table.num_embeddings == VOCABULARY + 3
     after = table(torch.arange(VOCABULARY + 3, device=device))
     assert torch.allclose(after[: VOCABULARY - 2], before[:-2], atol=1e-6)
