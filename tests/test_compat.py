@@ -54,6 +54,19 @@ def test_loaded_weight():
     assert compat.loaded_weight().numel() == 0
 
 
+def test_expect_in_files(bert, tmp_path):
+    state = {**bert.state_dict(), "ours.weight": torch.zeros(1), "theirs.weight": torch.ones(1)}
+    bert.save_pretrained(tmp_path, state_dict=state)
+
+    class Expecting(BertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            compat.expect_in_files(self, ["ours.weight"])
+
+    _, report = Expecting.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["unexpected_keys"]) == {"theirs.weight"}
+
+
 def test_tied_weights():
     assert compat.tied_weights(TIED["gpt2"]()) == {"lm_head.weight": "transformer.wte.weight"}
 

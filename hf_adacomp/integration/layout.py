@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import LARGEST, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
+from ..nn.head import CompressedHead, SharedEmbedding
+from ..nn.table import GUARD
 
 SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_gain")
 """What a table's vectors and logits depend on besides its layout; the rest matters to training alone."""
@@ -59,6 +62,17 @@ def empty_table(
     if layout["tokens_per_length"] is not None:
         table.become_packed(PackedCodes(shape[0], ladder, layout["tokens_per_length"], device="meta"))
     return table
+
+
+def guards(model: nn.Module) -> dict[str, Tensor]:
+    """Empty tensors under the names of the dense weights, in all places of a model's compressed tables.
+
+    Where transformers loads a file without this package, it would make the tables up at random after a warning; a
+    tensor of another shape is an error to it, which names the place.
+    """
+    places = (AdaptiveCompressedEmbedding, SharedEmbedding, CompressedHead)
+    names = [name for name, module in model.named_modules() if isinstance(module, places)]
+    return {f"{name}.{GUARD}": torch.zeros(1)[:0] for name in names}  # a memory of its own: they are not shared
 
 
 def tensor_checksums(embedding: AdaptiveCompressedEmbedding) -> dict[str, int]:

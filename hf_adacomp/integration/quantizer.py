@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
@@ -15,7 +15,7 @@ from .. import compat
 from ..config import QUANT_METHOD, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .checkpoint import check_stored, check_tables, stored_tensors
-from .layout import check_layout, empty_table, table_layout, tensor_checksums
+from .layout import check_layout, empty_table, guards, table_layout, tensor_checksums
 from .methods import give_methods, take_methods
 from .surgery import install, put
 from .tables import compressed_embeddings, compressed_heads, config_ties, keep_from_broadcasts, matching_table
@@ -70,6 +70,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             new.__dict__["weight"] = compat.loaded_weight()
             new.loading = True
             self._checksums[new] = layout["tensor_checksums"]
+        compat.expect_in_files(model, guards(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -88,8 +89,8 @@ class AdaCompHfQuantizer(HfQuantizer):
         keep_from_broadcasts(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Called by `save_pretrained` before it writes anything: refuse half-trained tables, note the layouts."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Called by `save_pretrained` before it writes: refuse half-trained tables, note layouts, add guards."""
         embeddings = compressed_embeddings(model)
         heads = compressed_heads(model)
         if heads and not config_ties(model):
@@ -105,7 +106,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             name: table_layout(embedding, tied_head=any(embedding is owner for owner in tied))
             for name, embedding in embeddings.items()
         }
-        return None, {}
+        return {**model.state_dict(), **guards(model)}, {}
 
     def is_serializable(self) -> bool:
         return True

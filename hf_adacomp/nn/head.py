@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +13,7 @@ from ..codes.bits import BYTE_BITS, unpack_rows, whole_bytes
 from ..codes.codebook import StoredBook
 from .decoding import Decoder, SourceVectors
 from .embedding import AdaptiveCompressedEmbedding
+from .table import GUARD
 
 BITS_PER_BLOCK = 1 << 22
 """Bits of the codes that the head unpacks at once (as float32: 16 MB)."""
@@ -28,6 +31,7 @@ class _Borrower(nn.Module):
     def __init__(self, embedding: AdaptiveCompressedEmbedding) -> None:
         super().__init__()
         self._owner = (embedding,)
+        self.register_load_state_dict_pre_hook(_pass_over_guard)  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def embedding(self) -> AdaptiveCompressedEmbedding:
@@ -154,3 +158,7 @@ class CompressedHead(_Borrower):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _pass_over_guard(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    state_dict.pop(prefix + GUARD, None)

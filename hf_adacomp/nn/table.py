@@ -18,6 +18,9 @@ from .training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
+GUARD, EMPTY = "weight", torch.zeros(0)
+"""Name of the dense weight. Files hold an empty tensor under it, lest others take them for a dense model's."""
+
 
 class CodedTable(nn.Module):
     """V vectors of width d: a code-book for each code length and, for each token, a code length and the bits of a code.
@@ -214,7 +217,7 @@ class CodedTable(nn.Module):
 
 def _refuse_other_form(module: CodedTable, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before a state dict is loaded: a table in training cannot take a packed one's, nor the other way round."""
-    if f"{prefix}weight" in state_dict:
+    if state_dict.pop(f"{prefix}{GUARD}", EMPTY).numel():
         rest[-1].append(
             f"{prefix.rstrip('.')}: the checkpoint holds a dense table, which the compressed one would leave out: load "
             "it into the dense model, then compress that"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import TIED, UNTIED
 from conftest import LENGTHS, VOCABULARY, LargestTensor, close, same_state, tiny_bert_config
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, pack, size_report
 from hf_adacomp.config import CODEBOOK_DTYPES, FLOAT_DTYPES
+from hf_adacomp.integration.tables import dense_tables
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -95,7 +97,8 @@ def test_file_holds_the_documented_tensors_and_the_reported_bytes(packed_bert, t
     packed_bert.save_pretrained(tmp_path)
     tensors, table = load_file(tmp_path / "model.safetensors"), ours(tmp_path)
     books = {f"codebooks.{k}.{part}" for k in range(3) for part in ("weight", "scale", "bias")}
-    assert table.keys() == {"packed.length_indices", "packed.codes"} | books
+    assert table.keys() == {"packed.length_indices", "packed.codes", "weight"} | books
+    assert table["weight"].numel() == 0
     assert sum(tensor.nbytes for tensor in table.values()) == size_report(packed_bert).total_bytes
     header = 8 + int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -227,23 +230,67 @@ def test_config_that_contradicts_the_model_is_refused(packed_bert, tmp_path):
 
 
 WITHOUT_THE_PLUGIN = """
-import sys, torch, transformers
-model, report = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1], output_loading_info=True)
-assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
-assert any("word_embeddings.weight" in key for key in report["missing_keys"])
+import sys, transformers
+getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
 """
 
 
-def test_without_importing_the_plugin_transformers_makes_random_embeddings(packed_bert, tmp_path):
-    """Not what we want but what transformers does; README and model card lead with the import for this reason."""
-    packed_bert.save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "class_name", "place"),
+    [
+        ("bert", "BertForMaskedLM", "word_embeddings.weight"),
+        ("bert", "BertModel", "word_embeddings.weight"),
+        ("gpt2", "GPT2LMHeadModel", "wte.weight"),
+        ("llama", "LlamaForCausalLM", "embed_tokens.weight"),
+    ],
+)
+@pytest.mark.parametrize("form", ["training", "packed"])
+def test_without_importing_the_plugin_nothing_is_made_up(name, class_name, place, form, counts, tmp_path):
+    """Where transformers would fill a table with random vectors, the guard of another shape is an error to it."""
+    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    model = compress({**TIED, **UNTIED}[name](), config, counts)
+    model.get_input_embeddings().step(0.1)
+    (pack(model) if form == "packed" else model).save_pretrained(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PLUGIN, str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", WITHOUT_THE_PLUGIN, str(tmp_path), class_name],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "Unknown quantization type, got adacomp" in done.stderr
-    model = BertForSequenceClassification.from_pretrained(tmp_path)
-    assert isinstance(model.get_input_embeddings(), AdaptiveCompressedEmbedding)
+    assert done.returncode != 0
+    assert place in done.stderr
+    assert "mismatch" in done.stderr.lower()
+
+
+def test_with_the_plugin_guards_are_not_reported(packed_bert, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    _, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["mismatched_keys"]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])
+def test_every_place_of_a_table_is_guarded_for_no_bytes(name, counts, tmp_path):
+    model = TIED[name]()
+    (table,) = dense_tables(model)
+    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    pack(compress(model, config, counts)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {place: tuple(tensors[place].shape) for place in table.weights} == dict.fromkeys(table.weights, (0,))
+    strict = type(model)(model.config.__class__(**{**model.config.to_dict(), "quantization_config": None}))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        strict.load_state_dict(tensors, strict=True)
+    assert model.load_state_dict(tensors, strict=False).unexpected_keys == []
+
+
+def test_files_without_guards_still_load(packed_bert, ids, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if tensor.numel()}
+    save_file(tensors, file, {"format": "pt"})
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert close(loaded(ids).logits, packed_bert.eval()(ids).logits)
 
 
 def test_import_brings_nothing_that_only_training_needs():

@@ -45,7 +45,7 @@ class Honest(NamedTuple):
 
     @property
     def ours(self) -> list[str]:
-        return sorted(key for key in load(self.weights) if key.startswith(NAME))
+        return sorted(key for key in load(self.weights) if key.startswith(NAME) and key != f"{NAME}.weight")
 
 
 @pytest.fixture(scope="module")
