@@ -134,7 +134,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
             return
         if not state.driven:
             take_from_first(self._tensors())
-        self._leave_out_broken_gradients(fraction)
+        self._leave_out_broken_gradients(fraction, state)
         self.movement.check(self.codebooks.parameters())
         before = state.phase
         if before != "encode":
@@ -163,8 +163,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def _tensors(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
 
-    def _leave_out_broken_gradients(self, fraction: float) -> None:
-        finite = finite_gradients(self.parameters())
+    def _leave_out_broken_gradients(self, fraction: float, state: TrainingState) -> None:
+        finite = finite_gradients(self.parameters()) and not (state.observing and state.observation.broken)
         if not finite:
             self.zero_grad()
             if not self.diverged:

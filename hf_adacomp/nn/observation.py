@@ -53,6 +53,7 @@ class Observation(KeptDtype):
         self.register_buffer("metric", torch.eye(dim, dtype=torch.float32, device=device))
         self._counts: Tensor | None = None
         self._moments: Tensor | None = None
+        self.broken = False  # whether a gradient since the last `collect` was NaN or Inf
 
     def watch_look_up(self, ids: Tensor, vectors: Tensor, measure: bool) -> None:
         """Take note of the gradients at vectors (..., d) of ids (...) when they come, and of moments to `measure`."""
@@ -60,7 +61,8 @@ class Observation(KeptDtype):
         def note(gradient: Tensor) -> None:
             rows = gradient.detach().flatten(0, -2)
             if not rows.isfinite().all():
-                return  # an overflow of mixed precision: the step will be left out as well
+                self.broken = True
+                return
             if self.counting:
                 reached = ids.flatten()[(rows != 0).any(dim=1)]
                 counted = torch.bincount(reached, minlength=len(self.token_counts))
@@ -97,6 +99,7 @@ class Observation(KeptDtype):
         counts = torch.zeros_like(self.token_counts) if self._counts is None else self._counts
         moments = self._moments
         self._counts = self._moments = None
+        self.broken = False
         if self.counting:
             counts = sum_over_ranks(counts)
             self.token_counts += counts

@@ -140,8 +140,10 @@ def test_frozen_table_is_observed_without_gradients_of_its_own(table, ids):
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_broken_gradients_are_left_out(table, ids, factor):
+def test_broken_gradients_are_left_out_and_told_of(table, ids, factor, caplog):
     found = observed(table, (factor * table(ids)).sum())
+    assert "the gradients of the loss are NaN or Inf" in caplog.text
+    assert not found.broken
     assert not found.token_counts.any()
     assert found.measured_metric() is None
 
