@@ -31,7 +31,8 @@ class AdaCompCallback(TrainerCallback):
 
     Before each optimizer step it forwards `global_step / max_steps`, by which the embeddings are observed, fitted,
     annealed and then frozen; at the end it packs. It reads no data: what counts is seen where the tables are used.
-    Logs gain `adacomp/temperature`, `adacomp/bits_per_token`, `adacomp/ratio` and `adacomp/phase`.
+    Logs gain `adacomp/temperature`, `adacomp/phase` and, once codes are fitted, `adacomp/bits_per_token` and
+    `adacomp/ratio`.
 
     Everything that training depends on lives in the checkpoint: a resumed run repeats the uninterrupted one. When the
     Trainer is made, checkpoints that a killed training left half-written are named.
