@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from .. import compat
 from ..config import QUANT_METHOD, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
+from ..nn.head import CompressedHead
 from .checkpoint import check_stored, check_tables, stored_tensors
 from .layout import check_layout, empty_table, guards, table_layout, tensor_checksums
 from .methods import give_methods, take_methods
@@ -93,6 +95,7 @@ class AdaCompHfQuantizer(HfQuantizer):
         """Called by `save_pretrained` before it writes: refuse half-trained tables, note layouts, add guards."""
         embeddings = compressed_embeddings(model)
         heads = compressed_heads(model)
+        _refuse_replaced(model, embeddings, heads)
         if heads and not config_ties(model):
             raise ValueError(
                 f"config.tie_word_embeddings is False, but the output head {next(iter(heads))!r} is tied to the "
@@ -122,6 +125,26 @@ class AdaCompHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _refuse_replaced(
+    model: PreTrainedModel,
+    embeddings: Mapping[str, AdaptiveCompressedEmbedding],
+    heads: Mapping[str, CompressedHead],
+) -> None:
+    """What is saved must be what is read again: tables, and the heads that read them."""
+    if not embeddings:
+        raise ValueError(
+            f"the compressed table of {type(model).__name__} was replaced, by a "
+            f"{type(model.get_input_embeddings()).__name__}: to have a plain model, decompress(model) first, then put "
+            "other embeddings in"
+        )
+    for name, head in heads.items():
+        if not any(head.embedding is table for table in embeddings.values()):
+            raise ValueError(
+                f"the output head {name!r} reads another table than the model's, which was replaced or copied: "
+                "decompress(model) before tables are exchanged"
+            )
 
 
 def _refuse_missing(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
