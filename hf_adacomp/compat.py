@@ -61,8 +61,11 @@ def loaded_weight() -> Tensor:
 
 def expect_in_files(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Have `from_pretrained` pass over tensors of a file that the model has no place for, without a report."""
-    expected = {rf"(^|\.){re.escape(name)}$" for name in names}
-    model._keys_to_ignore_on_load_unexpected = expected | set(model._keys_to_ignore_on_load_unexpected or ())
+    expected = [rf"(^|\.){re.escape(name)}$" for name in names]
+    known = model._keys_to_ignore_on_load_unexpected
+    # Older releases add lists to it.
+    patterns = known.union(expected) if isinstance(known, set) else [*(known or ()), *expected]
+    model._keys_to_ignore_on_load_unexpected = patterns
 
 
 # transformers: ties
