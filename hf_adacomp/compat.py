@@ -7,7 +7,7 @@ named test. The rest of the package reads no attribute with a leading underscore
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,13 +50,6 @@ def set_quantizer(model: PreTrainedModel, quantizer: Any) -> None:
 def is_loaded(tensor: Tensor) -> bool:
     """Whether `from_pretrained` found this tensor in a file: what it did not find holds whatever memory held."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
-
-
-def loaded_weight() -> Tensor:
-    """What T5 and its kin may find as `model.shared.weight` when they initialise what a file lacks: nothing to do."""
-    weight = torch.empty(0)
-    setattr(weight, "_is_hf_initialized", True)  # noqa: B010  # tensors do not declare it
-    return weight
 
 
 def expect_in_files(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -187,5 +180,41 @@ def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as autograd counts it: optimizers do so."""
-    return int(tensor._version)
+    """How often a tensor was changed in place, as autograd counts it: optimizers do so. 0 for those it does not."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def is_traced() -> bool:
+    """Whether code runs to become a graph, whose shapes must not depend on values: compiled, exported or traced."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
+def check_on_device(condition: Tensor, message: str) -> None:
+    """Have the device check a condition, a bool of shape (), without waiting for it; as `nn.Embedding` checks ids.
+
+    Compiled graphs keep the check, too. There is no public way, and not every device has it.
+    """
+    if condition.device.type in ("cpu", "cuda", "meta"):
+        torch._assert_async(condition, message)
+
+
+NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
+"""For subclasses of `Tensor` that look at operators (`__torch_dispatch__`): results stay plain tensors."""
+
+
+def tensor_without_memory(kind: type[Tensor], like: Tensor, device: torch.device) -> Any:
+    """A tensor of a subclass with the shape, strides and dtype of another; every operator asks the subclass."""
+    return Tensor._make_wrapper_subclass(kind, like.shape, like.stride(), dtype=like.dtype, device=device)
+
+
+def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Those of its arguments that an operator writes into."""
+    arguments = operator._schema.arguments
+    writes = [argument for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
+    by_name = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+    return [by_name[argument.name] for argument in writes if argument.name in by_name]
+
+
+def is_view(operator: Any) -> bool:
+    """Whether what an operator returns shares the memory of its first argument."""
+    return any(returned.alias_info is not None for returned in operator._schema.returns)

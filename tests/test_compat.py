@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -47,11 +48,6 @@ def test_is_loaded(bert, tmp_path):
     bert.save_pretrained(tmp_path)
     assert not compat.is_loaded(torch.zeros(1))
     assert compat.is_loaded(BertForSequenceClassification.from_pretrained(tmp_path).classifier.weight)
-
-
-def test_loaded_weight():
-    assert compat.is_loaded(compat.loaded_weight())
-    assert compat.loaded_weight().numel() == 0
 
 
 def test_expect_in_files(bert, tmp_path):
@@ -210,3 +206,54 @@ def test_no_other_module_reads_what_is_private_elsewhere():
     found = {path.name: private_names(tree) - own for path, tree in trees.items() if path.name != "compat.py"}
     assert {name: names for name, names in found.items() if names} == {}
     assert private_names(trees[PACKAGE / "compat.py"]) - own
+
+
+class Watched(torch.Tensor):
+    """Notes the operators that it is asked for."""
+
+    __torch_function__ = compat.NO_TORCH_FUNCTION
+    asked: ClassVar[list] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.asked.append((func, args, kwargs or {}))
+        return torch.zeros(3, 2)
+
+
+def test_tensor_without_memory_asks_its_class_for_every_operator():
+    like = torch.empty_strided((3, 2), (1, 3), dtype=torch.float16, device="meta")
+    tensor = compat.tensor_without_memory(Watched, like, torch.device("cpu"))
+    assert (tensor.shape, tensor.stride(), tensor.dtype, tensor.device.type) == ((3, 2), (1, 3), torch.float16, "cpu")
+    Watched.asked.clear()
+    assert type(tensor + 1) is torch.Tensor
+    assert [func.overloadpacket for func, _, _ in Watched.asked] == [torch.ops.aten.add]
+
+
+def test_what_operators_write_and_which_are_views():
+    tensor = compat.tensor_without_memory(Watched, torch.empty(3, 2, device="meta"), torch.device("cpu"))
+    Watched.asked.clear()
+    tensor.mul_(2)
+    torch.add(torch.zeros(3, 2), tensor, out=torch.zeros(3, 2))
+    torch.zeros(3, 2).copy_(tensor)
+    tensor.t()
+    written = [[value is tensor for value in compat.written(*asked)] for asked in Watched.asked]
+    assert written == [[True], [False], [False], []]
+    assert compat.is_view(Watched.asked[-1][0])
+    assert not compat.is_view(torch.ops.aten.add.Tensor)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_check_on_device_raises_what_the_processor_raises(compiled):
+    def check(ids):
+        compat.check_on_device((ids >= 0).all(), "below zero")
+        return ids + 1
+
+    run = torch.compile(check, backend="aot_eager", fullgraph=True) if compiled else check
+    assert run(torch.tensor([1])).item() == 2
+    with pytest.raises(RuntimeError, match="below zero"):
+        run(torch.tensor([-1]))
+
+
+def test_version_of_what_autograd_does_not_count():
+    with torch.inference_mode():
+        assert compat.version(torch.zeros(2)) == 0

@@ -34,8 +34,16 @@ from torch.nn import functional as F
 BLOCK = 32
 """Tokens that share one row of prefix counts; a multiple of 8, so that their length indices fill whole bytes."""
 
-BYTE_BITS = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.float32)
-"""The bits of every byte, (256, 8): looking them up is four times as fast as shifting them out."""
+
+def byte_bits(device: torch.device | str | None = None) -> Tensor:
+    """The bits of every byte, float32 (256, 8): looking them up is four times as fast as shifting them out."""
+    octets = torch.arange(256, device=device, dtype=torch.int32)
+    return shifted(octets[:, None], torch.arange(8, device=device, dtype=torch.int32), 1).to(torch.float32)
+
+
+def shifted(values: Tensor, places: Tensor, mask: int) -> Tensor:
+    """`(values >> places) & mask` of int32 tensors, which exporters of graphs know; they know no shifts of bytes."""
+    return torch.bitwise_right_shift(values, places) & mask
 
 
 def checksum(tensor: Tensor) -> int:
@@ -69,13 +77,17 @@ def pack_bits(rows: Tensor) -> Tensor:
     return (flat << place).sum(dim=1, dtype=torch.uint8)
 
 
-def unpack_rows(packed: Tensor, rows: Tensor, length: int) -> Tensor:
-    """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> float32 0/1 (N, length)."""
+def unpack_rows(packed: Tensor, rows: Tensor, length: int, bits: Tensor) -> Tensor:
+    """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> float32 0/1 (N, length).
+
+    `bits` is `byte_bits()`, made once by the caller.
+    """
     if length % 8 == 0:
         octets = whole_bytes(packed, length).index_select(0, rows).to(torch.int32)
-        return F.embedding(octets, BYTE_BITS.to(packed.device)).view(-1, length)
+        return F.embedding(octets, bits).view(-1, length)
     position = rows[:, None] * length + torch.arange(length, device=packed.device)
-    return ((packed[position >> 3] >> (position & 7).to(torch.uint8)) & 1).to(torch.float32)
+    octets = packed[torch.div(position, 8, rounding_mode="floor")].to(torch.int32)
+    return shifted(octets, (position % 8).to(torch.int32), 1).to(torch.float32)
 
 
 def whole_bytes(packed: Tensor, length: int) -> Tensor:
@@ -106,12 +118,12 @@ def unpack_indices(rows: Tensor, num_lengths: int) -> Tensor:
     """Length indices from rows of bytes that they fill: uint8 (N, B) -> uint8 (N, 8 B / ceil(log2 n))."""
     width = index_bits(num_lengths)
     step = width if 8 % width == 0 else 1
-    place = torch.arange(0, 8, step, device=rows.device, dtype=torch.uint8)
-    pieces: Tensor = ((rows[:, :, None] >> place) & (2**step - 1)).flatten(1)
-    if step == width:
-        return pieces
-    pieces = pieces.unflatten(1, (-1, width)) << torch.arange(width, device=rows.device, dtype=torch.uint8)
-    return pieces.sum(dim=2, dtype=torch.int32).to(torch.uint8)  # runtimes of exported graphs sum no bytes
+    place = torch.arange(0, 8, step, device=rows.device, dtype=torch.int32)
+    pieces = shifted(rows.to(torch.int32)[:, :, None], place, 2**step - 1).flatten(1)
+    if step < width:
+        place = torch.arange(width, device=rows.device, dtype=torch.int32)
+        pieces = torch.bitwise_left_shift(pieces.unflatten(1, (-1, width)), place).sum(dim=2, dtype=torch.int32)
+    return pieces.to(torch.uint8)
 
 
 def unpack_assignment(length_indices: Tensor, num_tokens: int, num_lengths: int) -> Tensor:

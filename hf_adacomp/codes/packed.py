@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..compat import KeptDtype
 from .bits import (
     BLOCK,
     block_ranks,
+    byte_bits,
     check_padding,
     group_bytes,
     index_bits,
@@ -23,7 +25,7 @@ from .bits import (
 )
 
 
-class PackedCodes(nn.Module):
+class PackedCodes(KeptDtype):
     """Codes of V tokens in the format of `hf_adacomp.codes.bits`.
 
     Args:
@@ -35,6 +37,7 @@ class PackedCodes(nn.Module):
     length_indices: Tensor
     codes: Tensor
     ranks: Tensor
+    byte_bits: Tensor
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class PackedCodes(nn.Module):
             self.register_buffer(name, torch.zeros(size, dtype=torch.uint8, device=device))
         ranks = torch.zeros(-(-num_tokens // BLOCK), len(ladder), dtype=torch.int32, device=device)
         self.register_buffer("ranks", ranks, persistent=False)
+        self.register_buffer("byte_bits", byte_bits(device), persistent=False)
         self.register_load_state_dict_post_hook(_index_again)  # type: ignore[no-untyped-call]  # torch's
 
     @classmethod
@@ -96,15 +100,16 @@ class PackedCodes(nn.Module):
         return locate(self.length_indices, self.ranks, tokens)
 
     def index(self) -> None:
-        """Derive the ranks from the length indices; due whenever those change."""
+        """Derive what is not stored; due whenever the length indices change."""
         self._order = None
+        self.byte_bits = byte_bits(self.codes.device)
         # `validate` names an index that is out of range.
         assignment = self.assignment().clamp_max(len(self.ladder) - 1)
         self.ranks = block_ranks(assignment, len(self.ladder))
 
     def bits(self, k: int, places: Tensor) -> Tensor:
         """Bits of the codes at `places` of group k: int64 (N,) -> float32 0/1 (N, L_k)."""
-        return unpack_rows(self.group(k), places, self.ladder[k])
+        return unpack_rows(self.group(k), places, self.ladder[k], self.byte_bits)
 
     def group(self, k: int) -> Tensor:
         """The bytes of the codes of the k-th length, uint8."""

@@ -69,7 +69,6 @@ class AdaCompHfQuantizer(HfQuantizer):
                 check_stored(stored_name, new.state_dict(), stored)
             new.dense_class = type(table.owner)
             put(model, table, new, self.quantization_config.head)
-            new.__dict__["weight"] = compat.loaded_weight()
             new.loading = True
             self._checksums[new] = layout["tensor_checksums"]
         compat.expect_in_files(model, guards(model))
@@ -81,7 +80,6 @@ class AdaCompHfQuantizer(HfQuantizer):
             keep_from_broadcasts(model)
             return model
         for name, embedding in compressed_embeddings(model).items():
-            del embedding.__dict__["weight"]
             _refuse_missing(name, embedding)
             _check_values(name, embedding)
             _compare_checksums(name, embedding, self._checksums.pop(embedding))
@@ -149,16 +147,19 @@ def _refuse_replaced(
 
 def _refuse_missing(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
     # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
-    stored = embedding.state_dict().keys()
-    for key, tensor in chain(embedding.named_parameters(), embedding.named_buffers()):
-        if key not in stored:
-            continue
+    for key, tensor in _stored(embedding):
         if not compat.is_loaded(tensor):
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
 
 
+def _stored(embedding: AdaptiveCompressedEmbedding) -> list[tuple[str, Tensor]]:
+    names = embedding.state_dict().keys()
+    tensors = chain(embedding.named_parameters(), embedding.named_buffers())
+    return [(name, tensor) for name, tensor in tensors if name in names]
+
+
 def _check_values(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
-    for key, tensor in chain(embedding.named_parameters(), embedding.named_buffers()):
+    for key, tensor in _stored(embedding):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{name}.{key} holds NaN or Inf: the training has diverged, or the file it is from is damaged"

@@ -61,6 +61,12 @@ def require_compressed(model: Any) -> dict[str, AdaptiveCompressedEmbedding]:
     return found
 
 
+def token_tables(model: PreTrainedModel) -> dict[str, AdaptiveCompressedEmbedding]:
+    """Of the compressed tables, those that `get_input_embeddings` returns for the model and its parts."""
+    inputs = [_input_embeddings(part) for _, part in model_parts(model)]
+    return {name: table for name, table in compressed_embeddings(model).items() if any(table is one for one in inputs)}
+
+
 def compressed_heads(model: Any) -> dict[str, CompressedHead]:
     """The compressed output heads of a model by module name."""
     return {name: module for name, module in named_modules(model).items() if isinstance(module, CompressedHead)}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..codes.codebook import BinaryCodebook
 from ..codes.descent import nearest_bits
 from ..nn.embedding import AdaptiveCompressedEmbedding
-from .tables import compressed_heads, model_parts, require_compressed
+from .tables import compressed_heads, model_parts, require_compressed, token_tables
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -33,29 +33,21 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     1005
 
     Args:
-        model: With one packed table.
+        model: With a packed token table, or several of one vocabulary.
         num_tokens: How many tokens N.
         vectors: Their vectors as the embedding returns them, (N, d), such as the means of the pieces of new words.
 
     Raises:
-        ValueError: For a negative number, vectors of another shape, a model with several tables, or one that is not
-            packed yet: call `model.resize_token_embeddings` before `compress`, or `pack` first.
+        ValueError: For a negative number, vectors of another shape, a model with several vocabularies, or one that
+            is not packed yet: call `model.resize_token_embeddings` before `compress`, or `pack` first.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative; got {num_tokens}. To drop tokens, keep_tokens(model, n)")
-    embedding = _only_packed_table(model)
-    book = embedding.books[-1]
-    if vectors is None:
-        vectors = _mean_vector(embedding).expand(num_tokens, -1)
-    elif vectors.shape != (num_tokens, embedding.embedding_dim) or not vectors.isfinite().all():
-        raise ValueError(
-            f"vectors must be finite numbers of shape ({num_tokens}, {embedding.embedding_dim}); got shape "
-            f"{tuple(vectors.shape)}"
-        )
-    else:
-        vectors = vectors.detach().to(book.bias.device, torch.float32) / embedding.scale
-    codes = nearest_codes(book, vectors, embedding.config.seed)
-    _resize(model, embedding, torch.arange(embedding.num_embeddings, device=codes.device), codes)
+    tables = _packed_tables(model)
+    if vectors is not None and len(tables) > 1:
+        raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
+    codes = [_codes_for(embedding, num_tokens, vectors) for embedding in tables]
+    _resize(model, tables, torch.arange(tables[0].num_embeddings, device=codes[0].device), codes)
     return model
 
 
@@ -74,24 +66,24 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
     3
 
     Args:
-        model: With one packed table.
+        model: With a packed token table, or several of one vocabulary.
         tokens: How many of the first tokens to keep, or the ids of those to keep, in their new order.
 
     Raises:
         ValueError: For ids that are not there or twice, and where the padding token is not among them.
     """
-    embedding = _only_packed_table(model)
-    device = embedding.books[-1].bias.device
-    total = embedding.num_embeddings
+    tables = _packed_tables(model)
+    total, device = tables[0].num_embeddings, tables[0].books[-1].bias.device
     kept = torch.arange(tokens) if isinstance(tokens, int) else torch.as_tensor(tokens)
     if kept.dim() != 1 or kept.is_floating_point() or not 0 < len(kept) <= total:
         raise ValueError(f"cannot keep {tokens} of {total} tokens. For more, add_tokens(model, n)")
     if not 0 <= int(kept.min()) <= int(kept.max()) < total or len(kept.unique()) < len(kept):
         raise ValueError(f"tokens to keep must be different ids from 0 to {total - 1}; got {kept.tolist()[:20]}")
-    if embedding.padding_idx is not None and not (kept == embedding.padding_idx).any():
-        raise ValueError(f"cannot drop the padding token {embedding.padding_idx}: keep it, too")
-    none = torch.zeros(0, embedding.books[-1].length, dtype=torch.uint8, device=device)
-    _resize(model, embedding, kept.to(device, torch.int64), none)
+    for padding in (embedding.padding_idx for embedding in tables):
+        if padding is not None and not (kept == padding).any():
+            raise ValueError(f"cannot drop the padding token {padding}: keep it, too")
+    none = [torch.zeros(0, embedding.books[-1].length, dtype=torch.uint8, device=device) for embedding in tables]
+    _resize(model, tables, kept.to(device, torch.int64), none)
     return model
 
 
@@ -102,7 +94,7 @@ def resize_token_embeddings(
     mean_resizing: bool = True,
 ) -> nn.Module:
     """`PreTrainedModel.resize_token_embeddings` for a compressed model; new vectors are near the mean in any case."""
-    embedding = _only_packed_table(model)
+    embedding = _packed_tables(model)[0]
     wanted = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of is not None:
         wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
@@ -113,35 +105,42 @@ def resize_token_embeddings(
     return embedding
 
 
-def _only_packed_table(model: PreTrainedModel) -> AdaptiveCompressedEmbedding:
-    found = require_compressed(model)
-    if len(found) > 1:
-        raise ValueError(f"{type(model).__name__} has several compressed tables, {[*found]}: its vocabulary is fixed")
-    name, embedding = next(iter(found.items()))
-    if embedding.phase != "packed":
+def _packed_tables(model: PreTrainedModel) -> list[AdaptiveCompressedEmbedding]:
+    """The packed tables of token vectors, all of one vocabulary."""
+    found = token_tables(model) or require_compressed(model)
+    for name, embedding in found.items():
+        if embedding.phase != "packed":
+            raise ValueError(
+                f"the vocabulary of {name!r} cannot change while its codes are trained: change it before compress, or "
+                "pack(model) first"
+            )
+    sizes = {name: embedding.num_embeddings for name, embedding in found.items()}
+    if len({*sizes.values()}) > 1:
         raise ValueError(
-            f"the vocabulary of {name!r} cannot change while its codes are trained: change it before compress, or "
-            "pack(model) first"
+            f"{type(model).__name__} has compressed tables of several vocabularies, {sizes}: they are fixed"
         )
-    return embedding
+    return [*found.values()]
 
 
-@torch.no_grad()
-def _resize(model: PreTrainedModel, embedding: AdaptiveCompressedEmbedding, kept: Tensor, new_codes: Tensor) -> None:
-    before, total = embedding.num_embeddings, len(kept) + len(new_codes)
-    for compressed in compressed_heads(model).values():
-        compressed.out_features = total
-        if compressed.bias is not None:
-            _replace(model, compressed.bias, kept, total)
-    head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and head.out_features == before:  # with weights of its own
+def _resize(
+    model: PreTrainedModel, tables: list[AdaptiveCompressedEmbedding], kept: Tensor, new_codes: list[Tensor]
+) -> None:
+    before, total = tables[0].num_embeddings, len(kept) + len(new_codes[0])
+    for embedding, codes in zip(tables, new_codes, strict=True):
+        embedding.resize(kept, codes)
+    heads = {name: head for name, head in compressed_heads(model).items() if head.embedding in tables}
+    for head in heads.values():
         head.out_features = total
-        for parameter in [*head.parameters()]:
-            _replace(model, parameter, kept, total)
+        _resize_parameters(model, head, kept, total)
+    output = model.get_output_embeddings()
+    if isinstance(output, nn.Linear):  # with weights of its own
+        output.out_features = total
+        _resize_parameters(model, output, kept, total)
+    if output is not None and (isinstance(output, nn.Linear) or output in heads.values()):
+        model.set_output_embeddings(output)  # models have further places for its bias
     logits_bias: Tensor | None = getattr(model, "final_logits_bias", None)  # (1, V), of Bart and its kin
     if logits_bias is not None:
         model.register_buffer("final_logits_bias", _resized(logits_bias.T, kept, total).T)
-    embedding.resize(kept, new_codes)
     for _, part in model_parts(model):
         if getattr(part, "vocab_size", None) == before:  # which some losses and routers read
             part.vocab_size = total
@@ -153,6 +152,11 @@ def _resize(model: PreTrainedModel, embedding: AdaptiveCompressedEmbedding, kept
     configs = (model.config, text_config, getattr(model, "generation_config", None))
     for config in {id(config): config for config in configs if config is not None}.values():
         _renumber(config, places)
+
+
+def _resize_parameters(model: nn.Module, head: nn.Module, kept: Tensor, total: int) -> None:
+    for parameter in [*head.parameters()]:
+        _replace(model, parameter, kept, total)
 
 
 def _renumber(config: Any, places: Mapping[int, int | None]) -> None:
@@ -173,9 +177,27 @@ def _replace(model: nn.Module, old: nn.Parameter, kept: Tensor, total: int) -> N
                 setattr(module, name, new)
 
 
+@torch.no_grad()
 def _resized(rows: Tensor, kept: Tensor, total: int) -> Tensor:
+    kept = kept.to(rows.device)
+    kept = kept[kept < len(rows)]  # heads of some models know fewer tokens than the table
     mean = rows.mean(dim=0, keepdim=True)
-    return torch.cat([rows[kept.to(rows.device)], mean.expand(total - len(kept), *rows.shape[1:])])
+    return torch.cat([rows[kept], mean.expand(total - len(kept), *rows.shape[1:])])
+
+
+def _codes_for(embedding: AdaptiveCompressedEmbedding, num_tokens: int, vectors: Tensor | None) -> Tensor:
+    """Codes of new tokens with these vectors, as the embedding returns them, or vectors near the mean: (N, L)."""
+    book = embedding.books[-1]
+    if vectors is None:
+        vectors = _mean_vector(embedding).expand(num_tokens, -1)
+    elif vectors.shape != (num_tokens, embedding.embedding_dim) or not vectors.isfinite().all():
+        raise ValueError(
+            f"vectors must be finite numbers of shape ({num_tokens}, {embedding.embedding_dim}); got shape "
+            f"{tuple(vectors.shape)}"
+        )
+    else:
+        vectors = vectors.detach().to(book.bias.device, torch.float32) / embedding.scale
+    return nearest_codes(book, vectors, embedding.config.seed)
 
 
 @torch.no_grad()

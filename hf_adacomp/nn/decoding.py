@@ -2,84 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codes.bits import pack_bits
-from ..codes.codebook import BinaryCodebook, Encoder, StoredBook
+from .. import compat
+from ..codes.codebook import BITS_PER_BLOCK, StoredBook
 from ..codes.packed import PackedCodes
+from .learned_codes import LearnedCodes
 from .training_state import TrainingState
 
-T = TypeVar("T")
-
-
-class OnDemand(Sequence[T]):
-    """Things that cost to make, each made when it is first asked for: most batches meet few of many code lengths.
-
-    Args:
-        make: The i-th thing.
-        size: How many there are.
-    """
-
-    def __init__(self, make: Callable[[int], T], size: int) -> None:
-        self._make, self._made = make, cast(list[T | None], [None] * size)
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-    def __getitem__(self, i: Any) -> Any:
-        if self._made[i] is None:
-            self._made[i] = self._make(i)
-        return self._made[i]
-
-
-class LearnedCodes:
-    """The codes that encoders decide at this moment, to be asked as `PackedCodes` are.
-
-    Args:
-        state: Of the training; it has the source vectors and each token's length index.
-        codebooks: One a code length, increasing.
-        stored: The same, as they are stored.
-    """
-
-    def __init__(self, state: TrainingState, codebooks: Sequence[BinaryCodebook], stored: Sequence[StoredBook]) -> None:
-        self.state = state
-        self.blocks = [book.block for book in codebooks]
-        self.encoders: Sequence[Encoder] = OnDemand(
-            lambda k: codebooks[k].encoder(stored[k], state.metric), len(codebooks)
-        )
-
-    def assignment(self) -> Tensor:
-        """Length index of every token, uint8 (V,)."""
-        return self.state.assignment
-
-    def order(self) -> Tensor:
-        """All tokens by code length, and by id where it is the same, int64 (V,)."""
-        return self.assignment().argsort(stable=True)
-
-    @property
-    def tokens_per_length(self) -> list[int]:
-        """How many tokens have each code length."""
-        tokens: list[int] = self.assignment().bincount(minlength=len(self.encoders)).tolist()
-        return tokens
-
-    def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Length index, uint8 (N,), and place for `bits`, which is the token itself, int64 (N,)."""
-        return self.assignment()[tokens], tokens
-
-    def bits(self, k: int, tokens: Tensor) -> Tensor:
-        """Bits of tokens in codes of the k-th length, int64 (N,) -> 0/1 (N, L_k), with straight-through gradients."""
-        return self.encoders[k].encode(self.state.source[tokens])
-
-    def group(self, k: int) -> Tensor:
-        """The codes of the k-th length in the format of `hf_adacomp.codes.bits`, uint8 (bytes,)."""
-        members = (self.assignment() == k).nonzero().squeeze(1)
-        return torch.cat([pack_bits(self.bits(k, tokens)) for tokens in members.split(self.blocks[k])])
+OUT_OF_RANGE = "token id out of range"
 
 
 @dataclass
@@ -90,23 +27,25 @@ class Decoder:
         books: The code-books as they are stored, one a code length, increasing.
         codes: Where bits come from.
         num_tokens: V.
-        zero_token: The token whose vector is zero, such as padding; or None.
-        scale: Factor that `look_up` applies.
+        padding: The padding token, whose look-ups have no gradient; or None.
+        zero_token: The token whose vector is zero, which is the padding token; or None.
         shares: While lengths are learned: shares of the code lengths in each token's vector, (N,) -> (N, n).
     """
 
     books: Sequence[StoredBook]
     codes: PackedCodes | LearnedCodes
     num_tokens: int
+    padding: int | None
     zero_token: int | None
-    scale: float
     shares: Callable[[Tensor], Tensor] | None = None
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """Scaled vectors of ids, int64 of any shape -> (..., d); each distinct token is decoded once."""
-        if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < self.num_tokens:
+        """Vectors of ids, int64 of any shape -> (..., d); each distinct token is decoded once."""
+        if ids.device.type != "cpu":  # asking for values would wait for the device
+            compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
+        elif ids.numel() and not 0 <= ids.min() <= ids.max() < self.num_tokens:
             raise IndexError(
-                f"token id out of range: ids run from {int(ids.min())} to {int(ids.max())}, the table has "
+                f"{OUT_OF_RANGE}: ids run from {int(ids.min())} to {int(ids.max())}, the table has "
                 f"{self.num_tokens} rows"
             )
         tokens, place = distinct(ids, self.num_tokens)
@@ -115,7 +54,40 @@ class Decoder:
             tokens, place = tokens[order], inverse(order)[place]
         else:
             vectors = self._mixture(self.shares(tokens), tokens)
-        return F.embedding(place, self._scaled(self._zeroed(tokens, vectors)))
+        return F.embedding(place, self._held(tokens, self._zeroed(tokens, vectors)))
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """All vectors, (V, d), without gradients."""
+        bias = self.books[0].bias
+        table = bias.new_empty(self.num_tokens, len(bias))
+        for block in self._blocks():  # in place: one copy of the table, not two
+            table[block] = self.vectors(block)
+        return table
+
+    @torch.enable_grad()
+    def gradients(self, gradient: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """From the gradient at all vectors, (V, d), those of parameters; None for what takes no part."""
+        totals: list[Tensor | None] = [None] * len(parameters)
+        learning = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
+        for block in self._blocks():
+            found = torch.autograd.grad(
+                self.vectors(block),
+                [parameters[i] for i in learning],
+                gradient[block],
+                retain_graph=True,  # code-books are made once for all blocks
+                allow_unused=True,
+            )
+            for i, part in zip(learning, found, strict=True):
+                total = totals[i]
+                totals[i] = total if part is None else part if total is None else total + part
+        return totals
+
+    def _blocks(self) -> tuple[Tensor, ...]:
+        bias = self.books[0].bias
+        tokens = torch.arange(self.num_tokens, device=bias.device)
+        blocks: tuple[Tensor, ...] = tokens.split(max(1, BITS_PER_BLOCK // len(bias)))
+        return blocks
 
     def vectors(self, tokens: Tensor) -> Tensor:
         """Vectors of distinct tokens, (N,) -> (N, d)."""
@@ -146,11 +118,13 @@ class Decoder:
             start += len(own)
         return order, vectors
 
+    def _held(self, tokens: Tensor, vectors: Tensor) -> Tensor:
+        if self.padding is None or not vectors.requires_grad:
+            return vectors
+        return torch.where(tokens.eq(self.padding)[:, None], vectors.detach(), vectors)
+
     def _zeroed(self, tokens: Tensor, vectors: Tensor) -> Tensor:
         return vectors if self.zero_token is None else vectors.masked_fill(tokens.eq(self.zero_token)[:, None], 0)
-
-    def _scaled(self, vectors: Tensor) -> Tensor:
-        return vectors if self.scale == 1 else vectors * self.scale
 
 
 @dataclass
@@ -159,18 +133,20 @@ class SourceVectors:
 
     Args:
         state: Of the training; it has the source vectors and takes note of the gradients.
-        scale: Factor that `look_up` applies.
     """
 
     state: TrainingState
-    scale: float
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """Scaled vectors of ids, int64 of any shape -> (..., d)."""
+        """Vectors of ids, int64 of any shape -> (..., d)."""
         vectors = F.embedding(ids, self.state.source)
         if torch.is_grad_enabled():
             self.state.observation.watch_look_up(ids, vectors.requires_grad_(), self.state.config.measured)
-        return vectors if self.scale == 1 else vectors * self.scale
+        return vectors
+
+    def table(self) -> Tensor:
+        """All vectors, (V, d): the source itself."""
+        return self.state.source
 
     def score(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states by a tied head, (..., d) -> (..., V)."""
@@ -187,8 +163,14 @@ class StaticDecoder(Decoder):
     """
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """Scaled vectors of ids, int64 of any shape -> (..., d)."""
-        return self._scaled(self.vectors(ids.flatten())).view(*ids.shape, -1)
+        """Vectors of ids, int64 of any shape -> (..., d)."""
+        compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
+        tokens = ids.flatten()
+        return self._held(tokens, self.vectors(tokens)).view(*ids.shape, -1)
+
+    def table(self) -> Tensor:
+        """All vectors, (V, d)."""
+        return self.vectors(torch.arange(self.num_tokens, device=self.books[0].bias.device))
 
     def vectors(self, tokens: Tensor) -> Tensor:
         """Vectors of tokens, (N,) -> (N, d)."""
@@ -212,11 +194,19 @@ class TakePart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, *parameters: Tensor) -> Tensor:
         ctx.parameters = parameters
-        return vectors.view_as(vectors)
+        return vectors.clone()  # models may change in place what an embedding returns; a view they could not
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, ...]:
         return gradient[0], *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+
+
+def with_all(vectors: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The vectors, in which all parameters take part that learn, while gradients are wanted."""
+    if not torch.is_grad_enabled():
+        return vectors
+    result: Tensor = TakePart.apply(vectors, *(p for p in parameters if p.requires_grad))  # type: ignore[no-untyped-call]
+    return result
 
 
 def inverse(order: Tensor) -> Tensor:

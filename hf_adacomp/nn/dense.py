@@ -17,6 +17,8 @@ def checked_table(embedding: nn.Module) -> Tensor:
         ValueError: For any other subclass, which may compute something else in `forward`, for `sparse` or `max_norm`,
             and for NaN or Inf in the table.
     """
+    if not isinstance(getattr(embedding, "weight", None), nn.Parameter):
+        raise ValueError(f"cannot compress {type(embedding).__name__}: it has no parameter `weight` of its own")
     checked_scale(embedding)
     if not isinstance(embedding, nn.Embedding) or embedding.sparse or embedding.max_norm is not None:
         raise ValueError(
@@ -40,7 +42,8 @@ def checked_scale(embedding: nn.Module) -> float:
     if type(embedding) is nn.Embedding:
         return 1.0
     scale = compat.embed_scale(embedding)
-    if isinstance(embedding, nn.Embedding) and scale is not None:
+    own = {name for name, _ in embedding.named_parameters()}
+    if isinstance(embedding, nn.Embedding) and scale is not None and own == {"weight"}:
         # Without values there is nothing to multiply: a file's layout has the scale of the model being loaded.
         factor = 1.0 if embedding.weight.is_meta else float(scale)
         if embedding.weight.is_meta or _multiplies(embedding, factor):

@@ -7,11 +7,12 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
 from ..fitting.ladder import with_ladder_for
-from .decoding import TakePart
+from .decoding import with_all
 from .dense import checked_scale, checked_table, dense_embedding
 from .movement import Movement
 from .ranks import check_agreement, take_from_first
@@ -67,7 +68,6 @@ class AdaptiveCompressedEmbedding(CodedTable):
         super().__init__(source, with_ladder_for(source, config), dense.padding_idx)
         self.dense_class: type[nn.Embedding] = nn.Embedding
         self.abandoned = False  # whether training ended before the lengths were frozen
-        self.reached = False  # whether a forward pass ever looked up a token
         self.diverged = False  # whether the task's last gradients were NaN or Inf
         self.movement = Movement()
         self.loading = False  # whether weights are on their way in and have not been checked yet
@@ -198,29 +198,31 @@ class AdaptiveCompressedEmbedding(CodedTable):
         """Vectors of the ids, int32 or int64 of any shape -> (..., d)."""
         if input.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
-        ids = input.to(torch.int64)
+        vectors = self._look_up(input.to(torch.int64))
+        return vectors if self.scale == 1 else vectors * self.scale
+
+    def _look_up(self, ids: Tensor) -> Tensor:
         if self.training_state is not None:
             learned: Tensor = self._look_up_in_training(ids, self.training_state)
             return learned
-        vectors = self.decoder().look_up(ids)
-        return vectors if torch.compiler.is_compiling() else self._with_all_parameters(vectors)
+        if compat.is_traced():
+            return self.decoder().look_up(ids)
+        self.last_weight.end_pass(keep=not self.training)
+        return self._with_all(self.decoder().look_up(ids))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # phases change, and shapes depend on values
     def _look_up_in_training(self, ids: Tensor, state: TrainingState) -> Tensor:
         self.reached = True
+        self.last_weight.end_pass(keep=not self.training)
         vectors = self.decoder().look_up(ids)
         if state.phase != "select":
-            return self._with_all_parameters(vectors)
+            return self._with_all(vectors)
         if state.observation.counting and vectors.requires_grad:
             state.observation.watch_look_up(ids, vectors, measure=False)
         return vectors
 
-    def _with_all_parameters(self, vectors: Tensor) -> Tensor:
-        if not self.training or not torch.is_grad_enabled():
-            return vectors
-        trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        with_all: Tensor = TakePart.apply(vectors, *trainable)  # type: ignore[no-untyped-call]
-        return with_all
+    def _with_all(self, vectors: Tensor) -> Tensor:
+        return with_all(vectors, self.parameters()) if self.training else vectors
 
     def train(self, mode: bool = True) -> AdaptiveCompressedEmbedding:
         """As in `nn.Module`; entering eval mode settles the hard lengths of the moment."""
@@ -235,9 +237,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def to_embedding(self) -> nn.Embedding:
         """A dense embedding of the class that this one replaced, with the decoded table."""
         was_training = self.training
-        decoder = self.eval().hard_decoder()
-        blocks = torch.arange(self.num_embeddings, device=self.books[0].bias.device).split(self.books[0].block)
-        weight = torch.cat([decoder.vectors(block) for block in blocks])
+        weight = self.eval().hard_decoder().table()
         self.train(was_training)
         return dense_embedding(weight, self.padding_idx, self.scale, self.dense_class).train(was_training)
 

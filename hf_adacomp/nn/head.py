@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..codes.bits import BYTE_BITS, unpack_rows, whole_bytes
+from .. import compat
+from ..codes.bits import unpack_rows, whole_bytes
 from ..codes.codebook import StoredBook
 from .decoding import Decoder, SourceVectors
 from .embedding import AdaptiveCompressedEmbedding
+from .reading import WeightFromCodes
 from .table import GUARD
 
 BITS_PER_BLOCK = 1 << 22
@@ -22,7 +24,7 @@ KEPT_BITS = 1 << 26
 """Bits that a training step keeps for the way back (twice, as float32: 0.5 GB); beyond, blocks are computed anew."""
 
 
-class _Borrower(nn.Module):
+class _Borrower(WeightFromCodes):
     """A module that reads a compressed embedding which stands elsewhere in the model.
 
     The reference is not registered: the table is saved, moved and counted once, under its owner's name.
@@ -37,6 +39,11 @@ class _Borrower(nn.Module):
     def embedding(self) -> AdaptiveCompressedEmbedding:
         """The compressed table."""
         return self._owner[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """As `AdaptiveCompressedEmbedding.weight`, the same object."""
+        return self.embedding.weight
 
 
 class SharedEmbedding(_Borrower):
@@ -115,7 +122,7 @@ class CompressedHead(_Borrower):
 
         tokens = torch.arange(self.out_features, device=hidden.device)
         bits = sum(self.embedding.config.ladder)
-        keep = self.out_features * bits <= KEPT_BITS or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        keep = self.out_features * bits <= KEPT_BITS or compat.is_traced() or not torch.is_grad_enabled()
         return torch.cat(
             [
                 product(block) if keep else checkpoint(product, block, use_reentrant=False)
@@ -128,7 +135,7 @@ class CompressedHead(_Borrower):
         rows = hidden.reshape(-1, self.in_features).float()
         codes = decoder.codes
         by_length = [
-            self._sums(book, codes.group(k), tokens, rows)
+            self._sums(book, codes.group(k), tokens, rows, codes.byte_bits)
             for k, (book, tokens) in enumerate(zip(decoder.books, codes.tokens_per_length, strict=True))
             if tokens
         ]
@@ -138,7 +145,7 @@ class CompressedHead(_Borrower):
             logits[decoder.zero_token] = 0
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
 
-    def _sums(self, book: StoredBook, codes: Tensor, tokens: int, rows: Tensor) -> Tensor:
+    def _sums(self, book: StoredBook, codes: Tensor, tokens: int, rows: Tensor, byte_bits: Tensor) -> Tensor:
         """Logits of a group of codes, (N, d) -> (tokens, N)."""
         scores = F.linear(book.vectors.float(), rows)
         bias = F.linear(book.bias.float()[None], rows)
@@ -146,10 +153,10 @@ class CompressedHead(_Borrower):
         step = max(1, BITS_PER_BLOCK // length)
         if length % 8:
             blocks = torch.arange(tokens, device=rows.device).split(step)
-            sums = [unpack_rows(codes, block, length) @ scores + bias for block in blocks]
+            sums = [unpack_rows(codes, block, length, byte_bits) @ scores + bias for block in blocks]
         else:  # scores of all values of each byte of a code, one table a byte
             octets = length // 8
-            tables = (BYTE_BITS.to(rows.device) @ scores.view(octets, 8, -1)).view(256 * octets, -1)
+            tables = (byte_bits @ scores.view(octets, 8, -1)).view(256 * octets, -1)
             tables = torch.cat([tables[:256] + bias, tables[256:]])
             first = torch.arange(octets, device=rows.device, dtype=torch.int32) * 256
             blocks = whole_bytes(codes, length).split(step)

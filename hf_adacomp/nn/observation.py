@@ -83,6 +83,13 @@ class Observation(KeptDtype):
 
         logits.register_hook(note)
 
+    def note_table(self, gradient: Tensor) -> None:
+        """Take note of the gradient at all vectors, (V, d), as a loss makes it that reads the whole table."""
+        if not gradient.isfinite().all():
+            self.broken = True
+        else:
+            self._measure(gradient.detach())
+
     def _measure(self, rows: Tensor) -> None:
         step = max(1, len(rows) // MEASURED_ROWS)
         sample = rows[::step].to("cpu", torch.float64)

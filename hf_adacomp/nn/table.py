@@ -8,12 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..codes.codebook import BinaryCodebook
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
 from ..fitting.warm_start import fit_codebooks
 from ..lengths.budget import code_budget
-from .decoding import Decoder, LearnedCodes, OnDemand, SourceVectors, StaticDecoder
+from .decoding import Decoder, SourceVectors, StaticDecoder
+from .learned_codes import LearnedCodes, OnDemand
+from .reading import ReadableTable
 from .training_state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -22,10 +25,11 @@ GUARD, EMPTY = "weight", torch.zeros(0)
 """Name of the dense weight. Files hold an empty tensor under it, lest others take them for a dense model's."""
 
 
-class CodedTable(nn.Module):
+class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whose weight can be set
     """V vectors of width d: a code-book for each code length and, for each token, a code length and the bits of a code.
 
-    The bits come from encoders until they are stored: of `training_state` and `packed` exactly one is there.
+    The bits come from encoders until they are stored: of `training_state` and `packed` exactly one is there. It is an
+    `nn.Embedding` to those who ask, without being made as one.
 
     Args:
         source: The table that is compressed, (V, d). Shared, not copied.
@@ -33,8 +37,10 @@ class CodedTable(nn.Module):
         padding_idx: As in `nn.Embedding`, not negative. Its vector is zero if the source's is.
     """
 
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
+
     def __init__(self, source: Tensor, config: AdaCompConfig, padding_idx: int | None) -> None:
-        super().__init__()
+        ReadableTable.__init__(self)
         self.num_embeddings, self.embedding_dim = source.shape
         self.padding_idx, self.config = padding_idx, config
         self.scale = 1.0
@@ -53,6 +59,13 @@ class CodedTable(nn.Module):
         self.training_state: TrainingState | None = TrainingState(source, config)
         self.packed: PackedCodes | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_form)  # type: ignore[no-untyped-call]  # torch's
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """As of the scaled embeddings of transformers; others have none."""
+        if self.scale == 1:
+            raise AttributeError("embed_scale")
+        return torch.tensor(self.scale, device=self.books[0].bias.device)
 
     @property
     def books(self) -> list[BinaryCodebook]:
@@ -141,7 +154,7 @@ class CodedTable(nn.Module):
         """
         state = self.training_state
         if self.training and state is not None and state.observing:
-            return SourceVectors(state, self.scale)
+            return SourceVectors(state)
         decoder = self.hard_decoder()
         if self.training and state is not None and state.phase == "select":
             decoder.shares = state.shares
@@ -149,16 +162,15 @@ class CodedTable(nn.Module):
 
     def hard_decoder(self) -> Decoder:
         """From tokens to vectors as they would be packed now, for one forward pass."""
-        static = torch.compiler.is_compiling()
+        static = compat.is_traced()
         if not static:
             self.ensure_warm()
         books = self.books
         stored = OnDemand(lambda k: books[k].stored(), len(books))
-        state, zero = self.training_state, self.padding_idx if self.zero_padding else None
-        if static or state is None:
-            kind = StaticDecoder if static else Decoder
-            return kind(stored, self.require_packed(), self.num_embeddings, zero, self.scale)
-        return Decoder(stored, LearnedCodes(state, books, stored), self.num_embeddings, zero, self.scale)
+        state, padding = self.training_state, self.padding_idx
+        codes = self.require_packed() if static or state is None else LearnedCodes(state, books, stored)
+        kind = StaticDecoder if static else Decoder
+        return kind(stored, codes, self.num_embeddings, padding, padding if self.zero_padding else None)
 
     def token_counts(self) -> Tensor:
         """Occurrences of each token in the training data, (V,); only until it is packed."""

@@ -17,12 +17,12 @@ def test_bits_fill_bytes_from_the_least_significant():
 def test_rows_round_trip_and_a_flipped_bit_shows(rows, length):
     codes = torch.randint(0, 2, (rows, length), dtype=torch.uint8)
     data = bits.pack_bits(codes)
-    assert torch.equal(bits.unpack_rows(data, torch.arange(rows), length), codes)
+    assert torch.equal(bits.unpack_rows(data, torch.arange(rows), length, bits.byte_bits()), codes)
     row, column = rows // 2, length // 2
     position = row * length + column
     data[position // 8] ^= 1 << (position % 8)
     codes[row, column] ^= 1
-    assert torch.equal(bits.unpack_rows(data, torch.arange(rows), length), codes)
+    assert torch.equal(bits.unpack_rows(data, torch.arange(rows), length, bits.byte_bits()), codes)
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31))
@@ -50,7 +50,7 @@ def test_everything_stays_on_its_device(device):
         assert torch.equal(bits.unpack_assignment(indices, 70, num_lengths).long(), assignment)
     for length in (5, 16):
         codes = torch.arange(9 * length, device=device).view(9, length) % 2
-        unpacked = bits.unpack_rows(bits.pack_bits(codes), rows, length)
+        unpacked = bits.unpack_rows(bits.pack_bits(codes), rows, length, bits.byte_bits())
         assert torch.equal(unpacked.long(), codes)
         assert unpacked.device == codes.device
     nibbles = torch.arange(12, device=device, dtype=torch.uint8).view(3, 4)
@@ -88,7 +88,7 @@ def test_dtypes_are_the_documented_ones():
         assert ranks.shape == (2, num_lengths)
         assert bits.unpack_assignment(lengths, 40, num_lengths).dtype == torch.uint8
         codes = bits.pack_bits(torch.ones(40, length))
-        assert bits.unpack_rows(codes, tokens, length).dtype == torch.float32
+        assert bits.unpack_rows(codes, tokens, length, bits.byte_bits()).dtype == torch.float32
     nibbles = torch.zeros(2, 3, dtype=torch.uint8)
     assert bits.unpack_nibbles(nibbles, 6).dtype == torch.int8
     assert bits.unpack_nibbles(nibbles, 6, torch.bfloat16).dtype == torch.bfloat16

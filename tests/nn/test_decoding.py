@@ -5,7 +5,8 @@ from torch import nn
 
 from hf_adacomp import AdaptiveCompressedEmbedding
 from hf_adacomp.codes.codebook import BinaryCodebook
-from hf_adacomp.nn.decoding import OnDemand, SourceVectors, TakePart, distinct, inverse
+from hf_adacomp.nn.decoding import SourceVectors, TakePart, distinct, inverse
+from hf_adacomp.nn.learned_codes import OnDemand
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -56,21 +57,13 @@ def test_look_up_is_the_vectors_of_the_tokens(table, phase, grad, device):
         assert decoder.look_up(ids[:0]).shape == (0, 9, 32)
 
 
-def test_scale_is_applied_to_what_is_looked_up_alone(table):
-    decoder = table.hard_decoder()
-    ids = torch.arange(1, 9, device=decoder.books[0].bias.device)
-    vectors = decoder.vectors(ids)
-    decoder.scale = 3.0
-    assert torch.allclose(decoder.look_up(ids), 3 * vectors)
-    assert torch.allclose(decoder.vectors(ids), vectors)
-
-
-def test_source_vectors_are_scaled_and_may_be_scored(config, ids):
+def test_source_vectors_are_looked_up_scored_and_given_as_a_whole(config, ids):
     table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32), config)
     source, hidden = table.training_state.source, torch.randn(5, 32)
-    decoder = SourceVectors(table.training_state, scale=2.0)
-    assert torch.equal(decoder.look_up(ids), 2 * source[ids])
+    decoder = SourceVectors(table.training_state)
+    assert torch.equal(decoder.look_up(ids), source[ids])
     assert torch.allclose(decoder.score(hidden), hidden @ source.T, atol=1e-5)
+    assert decoder.table() is source
 
 
 @pytest.mark.parametrize("bad", [-1, VOCABULARY])

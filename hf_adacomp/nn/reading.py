@@ -1,0 +1,119 @@
+"""Modules whose `weight` is read from codes, and for how long what was read is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .. import compat
+from ..codes.codebook import BinaryCodebook
+from .decoding import Decoder, SourceVectors
+from .training_state import TrainingState
+from .weight import LOST, DecodedWeight, Read, Table
+
+
+class WeightFromCodes(nn.Module):
+    """A module whose `weight` is decoded from codes, and cannot be set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ValueError(f"the weight of a compressed table cannot be set: it {LOST}")
+        super().__setattr__(name, value)
+
+
+class LastWeight:
+    """The weight of a table that was read last, and its values while they are read again and again.
+
+    Values are kept as long as nothing has changed the table and each pass over the model reads them. A copy of the
+    table begins with none.
+    """
+
+    def __init__(self) -> None:
+        self._weights: WeakValueDictionary[Any, DecodedWeight] = WeakValueDictionary()
+        self._values: Tensor | None = None
+        self._state: Any = None
+        self._read = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LastWeight, ()
+
+    def weight(self, table: Table, bias: Tensor) -> DecodedWeight:
+        """The weight of `table`, of the dtype and device of `bias`; the same object while somebody holds it."""
+        learning = tuple(parameter.requires_grad for parameter in table.parameters())
+        state = torch.is_grad_enabled(), learning, bias.dtype, bias.device, table.num_embeddings
+        weight = self._weights.get(state)
+        if weight is None:
+            grad = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+                weight = Read.apply(table, bias, *table.parameters())  # type: ignore[no-untyped-call]  # torch's
+            self._weights[state] = weight
+        return weight
+
+    def values(self, state: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes, once as long as `state` is the same."""
+        self._read = True
+        if self._values is None or state != self._state:
+            self._values = None
+            self._values, self._state = make(), state
+        return self._values
+
+    def end_pass(self, keep: bool) -> None:
+        """A pass over the model is over: values are let go unless it read them and they are to be kept."""
+        if not (keep and self._read):
+            self._values = None
+        self._read = False
+
+
+class ReadableTable(WeightFromCodes):
+    """A table with a `weight`, by what its decoder makes of tokens."""
+
+    num_embeddings: int
+    embedding_dim: int
+    codebooks: nn.ModuleList
+    training_state: TrainingState | None
+    decoder: Callable[[], Decoder | SourceVectors]
+    reached = False  # whether training ever used its vectors
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.last_weight = LastWeight()
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded table, (V, d), before `scale`: see `hf_adacomp.nn.weight`."""
+        if compat.is_traced():
+            vectors: Tensor = self.decoder().table() if self.training_state is None else self._all_vectors()
+            return vectors
+        return self.last_weight.weight(self, cast(BinaryCodebook, self.codebooks[0]).bias)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as look-ups in training
+    def _all_vectors(self) -> Tensor:
+        return self.weight + 0
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def weight_values(self) -> Tensor:
+        """All vectors as they are due now, (V, d), without gradients."""
+        return self.last_weight.values(self._state_now(), lambda: self.decoder().table())
+
+    @torch.no_grad()
+    def weight_rows(self, ids: Tensor) -> Tensor:
+        """Vectors of ids as they are due now, (...) -> (..., d), without gradients."""
+        return self.decoder().look_up(ids)
+
+    def weight_gradients(self, gradient: Tensor) -> list[Tensor | None]:
+        """From the gradient at all vectors, (V, d), those of `parameters()`."""
+        self.reached, decoder = True, self.decoder()
+        if isinstance(decoder, SourceVectors):
+            decoder.state.observation.note_table(gradient)
+            return [None for _ in self.parameters()]
+        return decoder.gradients(gradient, [*self.parameters()])
+
+    def _state_now(self) -> tuple[Any, ...]:
+        tensors = chain(self.parameters(), self.buffers())
+        return self.training, *((id(tensor), tensor.data_ptr(), compat.version(tensor)) for tensor in tensors)

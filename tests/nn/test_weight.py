@@ -1,0 +1,274 @@
+"""`weight`: no cost for what a tensor says of itself, decoded where values are used, never written."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization
+
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+from hf_adacomp.nn.head import CompressedHead, SharedEmbedding
+from hf_adacomp.nn.reading import LastWeight
+from hf_adacomp.nn.table import CodedTable
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+PHASES = {"observe": None, "select": 0.3, "encode": 0.9, "packed": None}
+
+
+def table_in(phase, config, counts, device="cpu", **options) -> AdaptiveCompressedEmbedding:
+    dense = nn.Embedding(VOCABULARY, 32, device=device, **options)
+    table = AdaptiveCompressedEmbedding.from_embedding(dense, config, None if phase == "observe" else counts)
+    if phase == "packed":
+        table.pack()
+    elif PHASES[phase] is not None:
+        table.step(PHASES[phase], show_progress=False)
+    assert table.phase == phase
+    return table
+
+
+@pytest.fixture(params=PHASES)
+def table(request, config, counts, device) -> AdaptiveCompressedEmbedding:
+    return table_in(request.param, config, counts, device)
+
+
+@pytest.fixture
+def packed(config, counts) -> AdaptiveCompressedEmbedding:
+    return table_in("packed", config, counts)
+
+
+@pytest.fixture
+def decodings(monkeypatch) -> list[CodedTable]:
+    """The tables that were decoded whole, in order."""
+    found = []
+    original = CodedTable.decoder
+    monkeypatch.setattr(CodedTable, "decoder", lambda table: found.append(table) or original(table))
+    return found
+
+
+def test_what_a_tensor_says_of_itself_decodes_nothing(table, decodings):
+    weight, bias = table.weight, table.books[0].bias
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.dtype, weight.device, weight.shape) == (bias.dtype, bias.device, (VOCABULARY, 32))
+    assert (weight.size(0), weight.dim(), weight.numel(), len(weight)) == (VOCABULARY, 2, VOCABULARY * 32, VOCABULARY)
+    assert weight.is_contiguous()
+    assert weight.is_floating_point()
+    assert torch.ones(2, dtype=torch.float64).to(weight).dtype == weight.dtype
+    assert torch.zeros_like(weight).shape == weight.new_zeros(VOCABULARY, 32).shape
+    assert weight.requires_grad
+    assert f"({VOCABULARY}, 32)" in repr(weight)
+    assert weight.data.dtype == weight.detach().dtype == bias.dtype
+    assert decodings == []
+
+
+def test_dtype_follows_the_table(packed):
+    assert packed.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    assert packed.weight.sum().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_values_are_those_that_are_due_now(table, training):
+    table.train(training)
+    every = table.weight_values()
+    ids = torch.tensor([[3, 1], [3, 500]], device=every.device)
+    with torch.no_grad():
+        for found, expected in (
+            (table.weight, every),
+            (table.weight.data.T, every.T),
+            (table.weight[7], every[7]),
+            (table.weight[-1], every[-1]),
+            (table.weight[2:6], every[2:6]),
+            (table.weight[[4, 2]], every[[4, 2]]),
+            (table.weight[ids], every[ids]),
+            (table.weight[:, :5], every[:, :5]),
+            (table.weight.unbind()[9], every[9]),
+            (table.weight.index_select(0, ids[0]), every[ids[0]]),
+            (F.embedding(ids, table.weight), every[ids]),
+            (F.linear(every[:2], table.weight), F.linear(every[:2], every)),
+            (torch.cat([table.weight, every]), torch.cat([every, every])),
+        ):
+            assert torch.allclose(found + 0, expected, atol=1e-5)
+        assert torch.allclose(table(ids), table.weight[ids] * table.scale, atol=1e-5)
+    assert table.weight.detach().cpu().numpy().tolist() == every.tolist() == table.weight.data.tolist()
+    with pytest.raises(IndexError):
+        table.weight[VOCABULARY]
+
+
+@pytest.mark.parametrize("phase", ["select", "encode", "packed"])
+def test_gradients_are_those_of_the_decoded_vectors(phase, config, counts):
+    table = table_in(phase, config, counts)
+    hidden = torch.randn(5, 32)
+    found = []
+    for weight in (table.weight, table.decoder().vectors(torch.arange(VOCABULARY))):
+        table.zero_grad()
+        F.linear(hidden, weight).logsumexp(-1).sum().backward()
+        found.append({name: parameter.grad for name, parameter in table.named_parameters()})
+    assert any(gradient is not None and gradient.any() for gradient in found[0].values())
+    for gradient, expected in zip(*(gradients.values() for gradients in found), strict=True):
+        assert (gradient is None) == (expected is None)
+        assert gradient is None or torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_weight_serves_many_backward_passes_and_steps(packed):
+    weight = packed.weight  # as a loss holds it that is made once
+    optimizer = torch.optim.SGD(packed.parameters(), lr=0.1)
+    sums = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = weight.square().mean()
+        loss.backward()
+        optimizer.step()
+        sums.append(loss.item())
+    assert sums[0] > sums[1] > sums[2]
+
+
+def test_gradients_at_the_weight_are_observed(counts):
+    table = table_in("observe", AdaCompConfig(code_lengths=(4, 8, 20), observe_fraction=0.25), counts)
+    F.linear(torch.randn(4, 32), table.weight).square().sum().backward()
+    table.step(0.1)
+    assert table.training_state.observation.moments.any()
+    assert table.reached
+
+
+WRITES = {
+    "normal_": nn.init.normal_,
+    "data": lambda weight: weight.data.zero_(),
+    "row": lambda weight: weight.data.__setitem__(3, 1.0),
+    "view of a row": lambda weight: weight.data[3].copy_(torch.ones(32)),
+    "view": lambda weight: weight.detach().t().mul_(2),
+    "one of many": lambda weight: weight.data.unbind()[2].zero_(),
+    "padding": lambda weight: torch.no_grad()(weight.__setitem__)(0, 0.0),
+    "+=": lambda weight: weight.data.__iadd__(1),
+    "out": lambda weight: torch.add(weight.detach(), 1, out=weight.detach()),
+    "foreach": lambda weight: torch._foreach_add_([weight.detach()], 1),
+    "index_copy_": lambda weight: weight.data.index_copy_(0, torch.tensor([1]), torch.ones(1, 32)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_write_would_be_lost_and_raises(packed, write):
+    with pytest.raises(ValueError, match=r"add_tokens\(model, n, vectors=.*decompress"):
+        write(packed.weight)
+
+
+@pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(2, 2)), torch.zeros(2, 2), None])
+def test_it_cannot_be_set(packed, value):
+    for module in (packed, CompressedHead(packed), SharedEmbedding(packed)):
+        with pytest.raises(ValueError, match=r"add_tokens.*decompress"):
+            module.weight = value
+
+
+def test_others_may_be_written_with_its_values(packed):
+    target = torch.zeros(VOCABULARY, 32)
+    target.copy_(packed.weight.detach())
+    assert torch.equal(target, packed.weight_values())
+    assert nn.Embedding.from_pretrained(packed.weight.detach().clone())(torch.tensor([1])).shape == (1, 32)
+
+
+def test_initialisation_of_transformers_passes_over_it(packed):
+    before = packed.weight_values().clone()
+    initialization.normal_(packed.weight)
+    initialization.zeros_(packed.weight[0])
+    assert torch.equal(packed.weight_values(), before)
+
+
+def test_freezing_the_weight_freezes_the_table(table):
+    table.weight.requires_grad = False
+    assert not any(parameter.requires_grad for parameter in table.parameters())
+    assert not table.weight.requires_grad
+    table.weight.requires_grad_(True)
+    assert all(parameter.requires_grad for parameter in table.parameters())
+
+
+def test_head_and_further_embeddings_show_the_same_weight(packed):
+    assert packed.weight is CompressedHead(packed).weight is SharedEmbedding(packed).weight
+
+
+def test_it_is_no_parameter_and_never_saved(table):
+    table.weight.sum()
+    assert "weight" not in dict(table.named_parameters()).keys() | table.state_dict().keys()
+
+
+def test_copies_are_plain_tensors(table):
+    every = table.weight_values()
+    for plain in (copy.deepcopy(table.weight), pickle.loads(pickle.dumps(table.weight)), table.weight.clone()):  # ours
+        assert type(plain) is torch.Tensor
+        assert torch.equal(plain, every)
+    file = io.BytesIO()
+    torch.save({"weight": table.weight.detach()}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file)["weight"], every)
+
+
+def test_a_copied_table_reads_its_own(packed):
+    packed.weight.sum()
+    other = copy.deepcopy(packed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other.weight.any()
+    assert packed.weight.any()
+
+
+def test_read_often_decoded_once_and_let_go(packed, decodings):
+    packed.eval()
+    ids = torch.tensor([1, 2])
+    with torch.no_grad():
+        for _ in range(5):
+            packed.weight.sum()
+        assert len(decodings) == 1
+        for _ in range(3):  # a model whose head multiplies by `weight` in each pass
+            packed(ids)
+            packed.weight.sum()
+        assert len(decodings) == 1 + 3
+        assert packed.last_weight._values is not None
+        packed(ids)
+        packed(ids)
+        assert packed.last_weight._values is None
+
+
+def test_values_are_decoded_anew_when_something_changed(packed):
+    before = packed.weight.detach().clone()
+    with torch.no_grad():
+        packed.books[-1].bias += 1
+    assert not torch.equal(packed.weight, before)
+    packed.resize(torch.arange(100), torch.zeros(0, packed.config.ladder[-1], dtype=torch.uint8))
+    assert packed.weight.shape == packed.weight.clone().shape == (100, 32)
+
+
+def test_in_inference_mode_first_and_with_gradients_next(packed):
+    with torch.inference_mode():
+        packed.weight.sum()
+    F.linear(torch.randn(2, 32, requires_grad=True), packed.weight).sum().backward()
+    assert packed.books[-1].bias.grad.any()
+
+
+def test_compiled_code_may_read_it(packed):
+    packed.eval()
+    read = torch.compile(lambda hidden: F.linear(hidden, packed.weight), backend="eager", fullgraph=True)
+    hidden = torch.randn(2, 32)
+    with torch.no_grad():
+        assert torch.allclose(read(hidden), F.linear(hidden, packed.weight), atol=1e-5)
+
+
+def testlast_weight_is_one_object_while_somebody_holds_it(packed):
+    weight = packed.weight
+    assert packed.weight is weight
+    with torch.no_grad():
+        assert packed.weight is not weight  # no gradients
+    assert isinstance(copy.deepcopy(packed.last_weight), LastWeight)
+
+
+def test_padding_has_no_gradient_as_upstream(config, counts):
+    for phase in ("encode", "packed"):
+        table = table_in(phase, config, counts, padding_idx=3)
+        table.padding_idx, table.zero_padding = 3, False  # a row that is not zero
+        table.zero_grad()
+        table(torch.tensor([3, 3])).sum().backward()
+        assert not any(parameter.grad is not None and parameter.grad.any() for parameter in table.parameters())
+        table(torch.tensor([3, 4])).sum().backward()
+        assert any(parameter.grad is not None and parameter.grad.any() for parameter in table.parameters())
