@@ -116,6 +116,22 @@ UPLOAD_FILES = "_upload_modified_files"
 """Name of the method behind `upload_files`."""
 
 
+def resized_embeddings(model: PreTrainedModel, *args: Any) -> nn.Module:
+    """What makes embeddings of another size, which classes use for all of their tables by token."""
+    embeddings: nn.Module = type(model)._get_resized_embeddings(model, *args)
+    return embeddings
+
+
+RESIZED_EMBEDDINGS = "_get_resized_embeddings"
+"""Name of the method behind `resized_embeddings`."""
+
+
+def resizes_more(model: PreTrainedModel) -> bool:
+    """Whether a model's class resizes further weights along with its table and output head."""
+    names = ("resize_token_embeddings", "_resize_token_embeddings")
+    return any(getattr(type(model), name) is not getattr(PreTrainedModel, name) for name in names)
+
+
 def has_file(model: str, file: str) -> bool:
     """Whether a folder or a Hub repository has a file. The public way raises another error for each reason."""
     return cached_file(model, file, _raise_exceptions_for_missing_entries=False) is not None

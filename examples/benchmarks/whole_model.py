@@ -30,7 +30,7 @@ from transformers import (
     Trainer,
 )
 
-import hf_adacomp  # noqa: F401  # makes packed models loadable
+from hf_adacomp import AdaptiveCompressedEmbedding
 
 GROUP = 32
 """Weights that share a scale in int4."""
@@ -56,7 +56,7 @@ def round_weights(model: PreTrainedModel, bits: int | None) -> None:
     table = model.get_input_embeddings()
 
     def chosen(module: nn.Module, _: str) -> bool:
-        return isinstance(module, nn.Linear) or (module is table and isinstance(table, nn.Embedding))
+        return isinstance(module, nn.Linear) or (module is table and not isinstance(table, AdaptiveCompressedEmbedding))
 
     quantize_(model, config, filter_fn=chosen)
 

@@ -146,7 +146,7 @@ def block_ranks(assignment: Tensor, num_lengths: int) -> Tensor:
 
 def locate(length_indices: Tensor, ranks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Length index and place inside its group of each of `tokens`: int64 (N,) -> uint8 (N,), int64 (N,)."""
-    num_lengths = ranks.shape[1]
+    num_lengths = int(ranks.shape[1])  # where a graph is traced, shapes are tensors
     if index_bits(num_lengths) == 0:
         return torch.zeros_like(tokens, dtype=torch.uint8), tokens
     block, inside = tokens // BLOCK, (tokens % BLOCK)[:, None]

@@ -24,9 +24,14 @@ SAMPLED_TOKENS = 1 << 12
 
 
 def with_ladder_for(source: Tensor, config: AdaCompConfig, token_counts: Tensor | None = None) -> AdaCompConfig:
-    """`config` with the ladder for a table (V, d) and its counts (V,), unless it has one."""
+    """`config` with the ladder for a table (V, d) and its counts (V,), unless it has one; ValueError without values."""
     if config.code_lengths != AUTO:
         return config
+    if source.is_meta:
+        raise ValueError(
+            'code_lengths="auto" follow from the values of the table, which the meta device does not hold: give '
+            "code_lengths, or compress the model once its weights are loaded"
+        )
     counts = torch.zeros(len(source)) if token_counts is None else checked_counts(token_counts, len(source))
     return config.with_ladder(choose_ladder(source, counts, config))
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import AdaCompConfig
-from .quantizer import AdaCompHfQuantizer, attach, detach
+from .quantizer import AdaCompHfQuantizer, attach, detach, refuse_quantized
 from .surgery import install, take_out
-from .tables import keep_from_broadcasts, require_compressed
+from .tables import compressed_embeddings, keep_from_broadcasts, require_compressed
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -54,6 +54,8 @@ def compress(
         ValueError: If the model cannot be compressed; it is then as it was.
     """
     quantizer = AdaCompHfQuantizer(config, pre_quantized=False)
+    if isinstance(model, PreTrainedModel) and not compressed_embeddings(model):
+        refuse_quantized(model)
     install(model, quantizer.quantization_config, token_counts, include, exclude)
     attach(model, quantizer)
     return model

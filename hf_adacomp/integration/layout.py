@@ -17,7 +17,8 @@ from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import LARGEST, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
-from ..nn.head import CompressedHead, SharedEmbedding
+from ..nn.head import CompressedHead
+from ..nn.sharing import SharedEmbedding
 from ..nn.table import GUARD
 
 SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_gain")

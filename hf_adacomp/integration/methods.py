@@ -1,4 +1,4 @@
-"""Methods of its own that a compressed model has: resizing, and saving and pushing with a model card."""
+"""Methods of its own that a compressed model has: resizing, saving and pushing with a card, finding its table."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .. import compat
 from .tables import compressed_embeddings
-from .vocabulary import resize_token_embeddings
+from .vocabulary import resized_embeddings
 
 TAGS = ("adacomp", "compression")
 """Of compressed models on the Hub."""
+
+PLACE_OF_BERT = "embeddings.word_embeddings"
 
 _write_card: Callable[..., object] | None = None
 
@@ -30,6 +33,26 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         _describe(model, save_directory)
+
+
+def set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
+    """`PreTrainedModel.set_input_embeddings`, unless `value` is there already, as after a resize.
+
+    Models put it in all places that share the table, where readers of ours stand.
+    """
+    if not any(value is table for table in compressed_embeddings(model).values()):
+        type(model).set_input_embeddings(model, value)
+
+
+def get_submodule(model: PreTrainedModel, target: str) -> nn.Module:
+    """`nn.Module.get_submodule`, which also knows where PEFT looks for token embeddings first.
+
+    What it looks for next is a parameter with as many rows as tokens, which a compressed model has not.
+    """
+    if target == PLACE_OF_BERT and target not in dict(model.named_modules()):
+        embeddings: nn.Module = model.get_input_embeddings()
+        return embeddings
+    return type(model).get_submodule(model, target)
 
 
 def upload_files(
@@ -55,7 +78,9 @@ def take_methods(model: PreTrainedModel) -> None:
 
 
 METHODS: dict[str, Callable[..., Any]] = {
-    "resize_token_embeddings": resize_token_embeddings,
+    compat.RESIZED_EMBEDDINGS: resized_embeddings,
+    "set_input_embeddings": set_input_embeddings,
+    "get_submodule": get_submodule,
     "save_pretrained": save_pretrained,
     compat.UPLOAD_FILES: upload_files,
 }

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from .. import compat
 from ..config import QUANT_METHOD, AdaCompConfig
-from ..nn.embedding import AdaptiveCompressedEmbedding
-from ..nn.head import CompressedHead
 from .checkpoint import check_stored, check_tables, stored_tensors
-from .layout import check_layout, empty_table, guards, table_layout, tensor_checksums
+from .integrity import (
+    check_values,
+    compare_checksums,
+    refuse_missing,
+    refuse_quantized_in_memory,
+    refuse_replaced,
+    refuse_unfinished,
+)
+from .layout import check_layout, empty_table, guards, table_layout
 from .methods import give_methods, take_methods
 from .surgery import install, put
 from .tables import compressed_embeddings, compressed_heads, config_ties, keep_from_broadcasts, matching_table
@@ -80,9 +83,9 @@ class AdaCompHfQuantizer(HfQuantizer):
             keep_from_broadcasts(model)
             return model
         for name, embedding in compressed_embeddings(model).items():
-            _refuse_missing(name, embedding)
-            _check_values(name, embedding)
-            _compare_checksums(name, embedding, self._checksums.pop(embedding))
+            refuse_missing(name, embedding)
+            check_values(name, embedding)
+            compare_checksums(name, embedding, self._checksums.pop(embedding))
             embedding.loading = False
             embedding.train(embedding.training)
         give_methods(model)
@@ -93,15 +96,16 @@ class AdaCompHfQuantizer(HfQuantizer):
         """Called by `save_pretrained` before it writes: refuse half-trained tables, note layouts, add guards."""
         embeddings = compressed_embeddings(model)
         heads = compressed_heads(model)
-        _refuse_replaced(model, embeddings, heads)
+        refuse_replaced(model, embeddings, heads)
+        refuse_quantized_in_memory(model)
         if heads and not config_ties(model):
             raise ValueError(
                 f"config.tie_word_embeddings is False, but the output head {next(iter(heads))!r} is tied to the "
                 "compressed table: set it to True, or compress with AdaCompConfig(head='dense')"
             )
         for name, embedding in embeddings.items():
-            _refuse_unfinished(name, embedding)
-            _check_values(name, embedding)
+            refuse_unfinished(name, embedding)
+            check_values(name, embedding)
         tied = [head.embedding for head in heads.values()]
         self.quantization_config.tables = {
             name: table_layout(embedding, tied_head=any(embedding is owner for owner in tied))
@@ -125,79 +129,18 @@ class AdaCompHfQuantizer(HfQuantizer):
         return True
 
 
-def _refuse_replaced(
-    model: PreTrainedModel,
-    embeddings: Mapping[str, AdaptiveCompressedEmbedding],
-    heads: Mapping[str, CompressedHead],
-) -> None:
-    """What is saved must be what is read again: tables, and the heads that read them."""
-    if not embeddings:
-        raise ValueError(
-            f"the compressed table of {type(model).__name__} was replaced, by a "
-            f"{type(model.get_input_embeddings()).__name__}: to have a plain model, decompress(model) first, then put "
-            "other embeddings in"
-        )
-    for name, head in heads.items():
-        if not any(head.embedding is table for table in embeddings.values()):
-            raise ValueError(
-                f"the output head {name!r} reads another table than the model's, which was replaced or copied: "
-                "decompress(model) before tables are exchanged"
-            )
-
-
-def _refuse_missing(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
-    # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
-    for key, tensor in _stored(embedding):
-        if not compat.is_loaded(tensor):
-            raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
-
-
-def _stored(embedding: AdaptiveCompressedEmbedding) -> list[tuple[str, Tensor]]:
-    names = embedding.state_dict().keys()
-    tensors = chain(embedding.named_parameters(), embedding.named_buffers())
-    return [(name, tensor) for name, tensor in tensors if name in names]
-
-
-def _check_values(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
-    for key, tensor in _stored(embedding):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{name}.{key} holds NaN or Inf: the training has diverged, or the file it is from is damaged"
-            )
-    if embedding.packed is not None:
-        embedding.packed.validate(f"{name}.packed")
-    if embedding.training_state is not None:
-        embedding.training_state.validate(f"{name}.training_state")
-
-
-def _compare_checksums(name: str, embedding: AdaptiveCompressedEmbedding, saved: dict[str, int]) -> None:
-    found = tensor_checksums(embedding)
-    if found.keys() != saved.keys():
-        raise ValueError(
-            f"{name}: tensor_checksums of the table's layout in quantization_config must name {sorted(found)}; it "
-            f"names {sorted(saved)}"
-        )
-    for tensor, checksum in found.items():
-        if checksum != saved[tensor]:
-            raise ValueError(
-                f"{name}.{tensor} has the checksum {checksum}, but {saved[tensor]} when it was saved: the file is "
-                "damaged; copy or download it again"
-            )
-
-
-def _refuse_unfinished(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
-    if embedding.training_state is not None and not embedding.training_state.driven:
-        raise ValueError(
-            f"{name} is compressed but its training schedule never ran: pass callbacks=[AdaCompCallback()] to the "
-            "Trainer (or call embedding.step(fraction) in your loop), or call hf_adacomp.pack(model) to save it "
-            "without training"
-        )
-    if embedding.training_state is not None and embedding.abandoned:
-        raise ValueError(
-            f"{name}: training ended before the code lengths were frozen (at select_fraction="
-            f"{embedding.config.select_fraction:g} of the steps): resume the training, or call hf_adacomp.pack(model) "
-            "to freeze the lengths as they are"
-        )
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Raise ValueError if another quantizer is in charge of `model`: a config has room for one."""
+    other = getattr(model.config, "quantization_config", None)
+    quantizer = compat.quantizer_of(model)
+    if quantizer is None and other is None:
+        return
+    method = getattr(other, "quant_method", None) or (other or {}).get("quant_method", type(quantizer).__name__)
+    raise ValueError(
+        f"{type(model).__name__} is quantized already, by {getattr(method, 'value', method)}, and transformers stores "
+        "one quantization_config a model: compress the unquantized model and save it; then quantize its linear layers "
+        "in memory after from_pretrained, for example torchao.quantize_(model, Int8WeightOnlyConfig())"
+    )
 
 
 def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:

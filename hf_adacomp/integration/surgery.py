@@ -11,7 +11,8 @@ from .. import compat
 from ..config import AdaCompConfig
 from ..nn.dense import dense_embedding
 from ..nn.embedding import AdaptiveCompressedEmbedding
-from ..nn.head import CompressedHead, SharedEmbedding
+from ..nn.head import CompressedHead
+from ..nn.sharing import Place, SharedEmbedding
 from .tables import DenseTable, compressed_embeddings, dense_tables, model_parts, untied_heads
 
 
@@ -46,14 +47,15 @@ def put(model: PreTrainedModel, table: DenseTable, embedding: AdaptiveCompressed
     """Put `embedding` in all places of `table`, and tell transformers that they are not tied by their weights."""
     for prefix, part in model_parts(model):
         compat.forget_ties(part, prefix, table.weights)
+    replace_module(model, table.owner, embedding)
+    place = Place(model, table.name)
     for shared in table.shared.values():
-        replace_module(model, shared, SharedEmbedding(embedding).train(shared.training))
+        replace_module(model, shared, SharedEmbedding(place).train(shared.training))
     for linear in table.heads.values():
         if head == "compress":
-            replace_module(model, linear, CompressedHead(embedding, linear.bias).train(linear.training))
+            replace_module(model, linear, CompressedHead(place, linear.bias).train(linear.training))
         else:
             linear.weight = nn.Parameter(linear.weight.detach().clone())
-    replace_module(model, table.owner, embedding)
 
 
 def take_out(model: PreTrainedModel) -> None:

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .. import compat
 from ..codes.codebook import BinaryCodebook
 from ..codes.descent import nearest_bits
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .tables import compressed_heads, model_parts, require_compressed, token_tables
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+LOGITS_BIAS = "final_logits_bias"
+"""Of shape (1, V), of Bart and its kin."""
 
 
 def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> Model:
@@ -46,8 +50,11 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     tables = _packed_tables(model)
     if vectors is not None and len(tables) > 1:
         raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
-    codes = [_codes_for(embedding, num_tokens, vectors) for embedding in tables]
-    _resize(model, tables, torch.arange(tables[0].num_embeddings, device=codes[0].device), codes)
+    before = tables[0].num_embeddings
+    codes = None if vectors is None else _codes_for(tables[0], num_tokens, vectors)
+    model.resize_token_embeddings(before + num_tokens)
+    if codes is not None:
+        tables[0].resize(torch.arange(before, device=codes.device), codes)
     return model
 
 
@@ -73,36 +80,50 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
         ValueError: For ids that are not there or twice, and where the padding token is not among them.
     """
     tables = _packed_tables(model)
-    total, device = tables[0].num_embeddings, tables[0].books[-1].bias.device
+    total, device = tables[0].num_embeddings, tables[0].device
     kept = torch.arange(tokens) if isinstance(tokens, int) else torch.as_tensor(tokens)
     if kept.dim() != 1 or kept.is_floating_point() or not 0 < len(kept) <= total:
         raise ValueError(f"cannot keep {tokens} of {total} tokens. For more, add_tokens(model, n)")
     if not 0 <= int(kept.min()) <= int(kept.max()) < total or len(kept.unique()) < len(kept):
         raise ValueError(f"tokens to keep must be different ids from 0 to {total - 1}; got {kept.tolist()[:20]}")
-    for padding in (embedding.padding_idx for embedding in tables):
+    prefix = torch.equal(kept, torch.arange(len(kept), dtype=kept.dtype, device=kept.device))
+    if not prefix and compat.resizes_more(model) and not hasattr(model, LOGITS_BIAS):
+        raise ValueError(
+            f"{type(model).__name__} has further weights by token, of which only the last can be dropped: "
+            "keep_tokens(model, n)"
+        )
+    for embedding in tables:
+        padding = embedding.padding_idx
         if padding is not None and not (kept == padding).any():
             raise ValueError(f"cannot drop the padding token {padding}: keep it, too")
-    none = [torch.zeros(0, embedding.books[-1].length, dtype=torch.uint8, device=device) for embedding in tables]
-    _resize(model, tables, kept.to(device, torch.int64), none)
+    if not prefix:
+        codes = [_codes_for(embedding, 0, None) for embedding in tables]
+        _resize(model, tables, kept.to(device, torch.int64), codes)
+    model.resize_token_embeddings(len(kept))
     return model
 
 
-def resize_token_embeddings(
+def resized_embeddings(
     model: PreTrainedModel,
+    old_embeddings: nn.Module,
     new_num_tokens: int | None = None,
     pad_to_multiple_of: int | None = None,
     mean_resizing: bool = True,
 ) -> nn.Module:
-    """`PreTrainedModel.resize_token_embeddings` for a compressed model; new vectors are near the mean in any case."""
-    embedding = _packed_tables(model)[0]
-    wanted = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+    """What `resize_token_embeddings` asks for resized embeddings; new vectors are near the mean in any case."""
+    if not isinstance(old_embeddings, AdaptiveCompressedEmbedding):
+        return compat.resized_embeddings(model, old_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
+    tables = _packed_tables(model)
+    before = tables[0].num_embeddings
+    total = before if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of is not None:
-        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
-    if wanted > embedding.num_embeddings:
-        add_tokens(model, wanted - embedding.num_embeddings)
-    else:
-        keep_tokens(model, wanted)
-    return embedding
+        total = -(-total // pad_to_multiple_of) * pad_to_multiple_of
+    if total < 1:
+        raise ValueError(f"a vocabulary has at least one token; got {total}")
+    if total != before:
+        codes = [_codes_for(embedding, max(0, total - before), None) for embedding in tables]
+        _resize(model, tables, torch.arange(min(before, total), device=codes[0].device), codes)
+    return old_embeddings
 
 
 def _packed_tables(model: PreTrainedModel) -> list[AdaptiveCompressedEmbedding]:
@@ -138,9 +159,9 @@ def _resize(
         _resize_parameters(model, output, kept, total)
     if output is not None and (isinstance(output, nn.Linear) or output in heads.values()):
         model.set_output_embeddings(output)  # models have further places for its bias
-    logits_bias: Tensor | None = getattr(model, "final_logits_bias", None)  # (1, V), of Bart and its kin
+    logits_bias: Tensor | None = getattr(model, LOGITS_BIAS, None)
     if logits_bias is not None:
-        model.register_buffer("final_logits_bias", _resized(logits_bias.T, kept, total).T)
+        model.register_buffer(LOGITS_BIAS, _resized(logits_bias.T, kept, total).T)
     for _, part in model_parts(model):
         if getattr(part, "vocab_size", None) == before:  # which some losses and routers read
             part.vocab_size = total

@@ -99,7 +99,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
         source = checked_table(embedding)
         config = with_ladder_for(source, config, token_counts)
         tokens, dim = source.shape
-        module = cls(tokens, dim, config, embedding.padding_idx, _source=source)
+        with torch.inference_mode(False):  # what is made there cannot learn
+            module = cls(tokens, dim, config, embedding.padding_idx, _source=source)
         module.budget()
         module.scale, module.dense_class = checked_scale(embedding), type(embedding)
         module.train(embedding.training)
@@ -182,6 +183,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.end_observation()
         state.freeze(self.budget())
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def pack(self) -> None:
         """Store the bits of every token and drop the encoders, the selector and the source table."""
@@ -198,6 +200,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         """Vectors of the ids, int32 or int64 of any shape -> (..., d)."""
         if input.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
+        self.refuse_offloaded(input)
         vectors = self._look_up(input.to(torch.int64))
         return vectors if self.scale == 1 else vectors * self.scale
 

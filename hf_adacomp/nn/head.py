@@ -1,8 +1,6 @@
-"""What stands where a compressed table is shared: the tied output head, the embeddings of a decoder."""
+"""The output head that is tied to a compressed table."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,7 @@ from ..codes.bits import unpack_rows, whole_bytes
 from ..codes.codebook import StoredBook
 from .decoding import Decoder, SourceVectors
 from .embedding import AdaptiveCompressedEmbedding
-from .reading import WeightFromCodes
-from .table import GUARD
+from .sharing import Borrower, Place
 
 BITS_PER_BLOCK = 1 << 22
 """Bits of the codes that the head unpacks at once (as float32: 16 MB)."""
@@ -24,53 +21,7 @@ KEPT_BITS = 1 << 26
 """Bits that a training step keeps for the way back (twice, as float32: 0.5 GB); beyond, blocks are computed anew."""
 
 
-class _Borrower(WeightFromCodes):
-    """A module that reads a compressed embedding which stands elsewhere in the model.
-
-    The reference is not registered: the table is saved, moved and counted once, under its owner's name.
-    """
-
-    def __init__(self, embedding: AdaptiveCompressedEmbedding) -> None:
-        super().__init__()
-        self._owner = (embedding,)
-        self.register_load_state_dict_pre_hook(_pass_over_guard)  # type: ignore[no-untyped-call]  # torch's
-
-    @property
-    def embedding(self) -> AdaptiveCompressedEmbedding:
-        """The compressed table."""
-        return self._owner[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """As `AdaptiveCompressedEmbedding.weight`, the same object."""
-        return self.embedding.weight
-
-
-class SharedEmbedding(_Borrower):
-    """Further token embeddings that share the table, such as those of a decoder."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As `AdaptiveCompressedEmbedding.forward`."""
-        vectors: Tensor = self.embedding(input)
-        return vectors
-
-    @property
-    def num_embeddings(self) -> int:
-        """V."""
-        return self.embedding.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        """d."""
-        return self.embedding.embedding_dim
-
-    @property
-    def padding_idx(self) -> int | None:
-        """As in `nn.Embedding`."""
-        return self.embedding.padding_idx
-
-
-class CompressedHead(_Borrower):
+class CompressedHead(Borrower):
     """An output head that is tied to a compressed table: logits from the same codes and code-books.
 
         logit_w = h . xhat_w = sum over the set bits i of w of (C_k h)_i + c_k . h        for w of code length k
@@ -84,23 +35,25 @@ class CompressedHead(_Borrower):
     While lengths are learned a token's vector is the Gumbel-softmax mixture of all lengths, as in the embedding.
 
     Args:
-        embedding: The compressed table, (V, d).
+        owner: The compressed table, (V, d), or where it stands.
         bias: Of the head that this one replaces, (V,), or None.
     """
 
-    def __init__(self, embedding: AdaptiveCompressedEmbedding, bias: nn.Parameter | None = None) -> None:
-        super().__init__(embedding)
-        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+    def __init__(self, owner: AdaptiveCompressedEmbedding | Place, bias: nn.Parameter | None = None) -> None:
+        super().__init__(owner)
+        self.in_features, self.out_features = self.embedding.embedding_dim, self.embedding.num_embeddings
         self.bias = bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., d) -> (..., V)."""
         table = self.embedding
+        table.refuse_offloaded(hidden)
+        hidden = hidden.to(table.device)  # a model that is spread over devices may have them on another
         if table.training_state is None:
             logits = self._scored(table.hard_decoder(), hidden)
         else:
             logits = self._score_in_training(hidden)
-        return logits if self.bias is None else logits + self.bias
+        return logits if self.bias is None else logits + self.bias.to(logits.device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as the embedding in training
     def _score_in_training(self, hidden: Tensor) -> Tensor:
@@ -165,7 +118,3 @@ class CompressedHead(_Borrower):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def _pass_over_guard(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    state_dict.pop(prefix + GUARD, None)

@@ -18,7 +18,7 @@ from hf_adacomp.integration.tables import (
     require_compressed,
     untied_heads,
 )
-from hf_adacomp.nn.head import SharedEmbedding
+from hf_adacomp.nn.sharing import SharedEmbedding
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 

@@ -4,7 +4,8 @@ from conftest import LENGTHS, VOCABULARY, LargestTensor
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
-from hf_adacomp.nn.head import CompressedHead, SharedEmbedding
+from hf_adacomp.nn.head import CompressedHead
+from hf_adacomp.nn.sharing import SharedEmbedding
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import initialization
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
-from hf_adacomp.nn.head import CompressedHead, SharedEmbedding
+from hf_adacomp.nn.head import CompressedHead
 from hf_adacomp.nn.reading import LastWeight
+from hf_adacomp.nn.sharing import SharedEmbedding
 from hf_adacomp.nn.table import CodedTable
 
 pytestmark = pytest.mark.usefixtures("quick_fit")

@@ -1,0 +1,122 @@
+"""What must hold of a compressed model when it is saved, and of one that was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import compat
+from ..nn.embedding import AdaptiveCompressedEmbedding
+from ..nn.head import CompressedHead
+from .layout import tensor_checksums
+
+
+def refuse_replaced(
+    model: PreTrainedModel,
+    embeddings: Mapping[str, AdaptiveCompressedEmbedding],
+    heads: Mapping[str, CompressedHead],
+) -> None:
+    """Raise ValueError unless tables are there, and heads that read them and are as wide."""
+    if not embeddings:
+        raise ValueError(
+            f"the compressed table of {type(model).__name__} was replaced, by a "
+            f"{type(model.get_input_embeddings()).__name__}: to have a plain model, decompress(model) first, then put "
+            "other embeddings in"
+        )
+    for name, head in heads.items():
+        if not any(head.embedding is table for table in embeddings.values()):
+            raise ValueError(
+                f"the output head {name!r} reads another table than the model's, which was replaced or copied: "
+                "decompress(model) before tables are exchanged"
+            )
+        _refuse_width(name, head, head.embedding.num_embeddings)
+    output, table = model.get_output_embeddings(), model.get_input_embeddings()
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if isinstance(output, nn.Linear) and isinstance(table, nn.Embedding) and table.num_embeddings == vocabulary:
+        _refuse_width("get_output_embeddings()", output, table.num_embeddings)
+
+
+def _refuse_width(name: str, head: nn.Module, tokens: int) -> None:
+    if head.out_features != tokens:
+        raise ValueError(
+            f"the output head {name!r} gives logits of {head.out_features} tokens, but the table has {tokens}: use "
+            "model.resize_token_embeddings, add_tokens or keep_tokens, which change both"
+        )
+
+
+def refuse_quantized_in_memory(model: PreTrainedModel) -> None:
+    """Raise ValueError for weights that safetensors does not know."""
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not Tensor:
+            raise ValueError(
+                f"{name!r} is a {type(parameter.data).__name__}, which safetensors cannot hold: save the model before "
+                "other weights are quantized in memory, and quantize them again after from_pretrained"
+            )
+
+
+def refuse_missing(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
+    """Raise ValueError unless a table was loaded whole."""
+    if any(tensor.is_meta for _, tensor in _stored(embedding)):
+        raise ValueError(
+            f"the device_map offloads the compressed table {name!r}, which is not supported: it is small, so keep it "
+            "on a device and offload other modules"
+        )
+    # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
+    for key, tensor in _stored(embedding):
+        if not compat.is_loaded(tensor):
+            raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
+
+
+def _stored(embedding: AdaptiveCompressedEmbedding) -> list[tuple[str, Tensor]]:
+    names = embedding.state_dict().keys()
+    tensors = chain(embedding.named_parameters(), embedding.named_buffers())
+    return [(name, tensor) for name, tensor in tensors if name in names]
+
+
+def check_values(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
+    """Raise ValueError for values that a table never has."""
+    for key, tensor in _stored(embedding):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{name}.{key} holds NaN or Inf: the training has diverged, or the file it is from is damaged"
+            )
+    if embedding.packed is not None:
+        embedding.packed.validate(f"{name}.packed")
+    if embedding.training_state is not None:
+        embedding.training_state.validate(f"{name}.training_state")
+
+
+def compare_checksums(name: str, embedding: AdaptiveCompressedEmbedding, saved: dict[str, int]) -> None:
+    """Raise ValueError unless tensors have the checksums with which they were saved."""
+    found = tensor_checksums(embedding)
+    if found.keys() != saved.keys():
+        raise ValueError(
+            f"{name}: tensor_checksums of the table's layout in quantization_config must name {sorted(found)}; it "
+            f"names {sorted(saved)}"
+        )
+    for tensor, checksum in found.items():
+        if checksum != saved[tensor]:
+            raise ValueError(
+                f"{name}.{tensor} has the checksum {checksum}, but {saved[tensor]} when it was saved: the file is "
+                "damaged; copy or download it again"
+            )
+
+
+def refuse_unfinished(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
+    """Raise ValueError for a table in training that cannot be resumed."""
+    if embedding.training_state is not None and not embedding.training_state.driven:
+        raise ValueError(
+            f"{name} is compressed but its training schedule never ran: pass callbacks=[AdaCompCallback()] to the "
+            "Trainer (or call embedding.step(fraction) in your loop), or call hf_adacomp.pack(model) to save it "
+            "without training"
+        )
+    if embedding.training_state is not None and embedding.abandoned:
+        raise ValueError(
+            f"{name}: training ended before the code lengths were frozen (at select_fraction="
+            f"{embedding.config.select_fraction:g} of the steps): resume the training, or call hf_adacomp.pack(model) "
+            "to freeze the lengths as they are"
+        )
