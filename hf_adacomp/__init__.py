@@ -37,6 +37,7 @@ from .integration.compression import compress, decompress, pack
 from .integration.methods import set_card_writer as _set_card_writer
 from .integration.quantizer import register as _register
 from .integration.sizes import size_report
+from .integration.static import register as _register_static
 from .integration.vocabulary import add_tokens, keep_tokens
 from .nn.embedding import AdaptiveCompressedEmbedding
 
@@ -87,4 +88,5 @@ def _write_card(model: Any, folder: str | os.PathLike[str], repo_id: str | None 
 
 
 _register()
+_register_static()
 _set_card_writer(_write_card)

@@ -8,9 +8,10 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import transformers
@@ -22,12 +23,16 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from . import compat
 from .config import HEADS, AdaCompConfig
 from .integration.compression import compress, decompress, pack
+from .integration.sentence import is_sentence_model, static_model, tokenizer_of
 from .integration.sizes import size_report
-from .integration.tables import require_compressed
+from .integration.tables import require_compressed, transformers_models
 from .reports.plots import plot_lengths
 from .reports.tokens import token_table
 
 TOKENIZER_FILE = "tokenizer_config.json"
+
+MODULES_FILE = "modules.json"
+"""Of sentence-transformers."""
 
 LINES = 1024
 """Lines of a text that are tokenized at once."""
@@ -106,7 +111,7 @@ def _compress(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     model = _load(args.model)
     size = size_report(model)
-    rows = token_table(model, _tokenizer(args.model))
+    rows = token_table(model, _tokenizer(args.model, model))
     # Vocabularies are roughly sorted by frequency: a long code tells the most about a late token.
     longest = sorted(rows, key=lambda row: (-row.bits, -row.id))[: args.tokens]
     if args.json:
@@ -135,8 +140,13 @@ def _refuse_same(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} is the model to read: name another folder to write")
 
 
-def _load(name: str) -> PreTrainedModel:
-    """The model with the head that it was saved with."""
+def _load(name: str) -> Any:
+    """The model with the head, or the modules of sentence-transformers, that it was saved with."""
+    if compat.has_file(name, MODULES_FILE):
+        try:
+            return import_module("sentence_transformers").SentenceTransformer(name, device="cpu")
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name} is a sentence-transformers model: pip install sentence-transformers") from error
     config = AutoConfig.from_pretrained(name)
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, str(architecture), None)
@@ -146,25 +156,28 @@ def _load(name: str) -> PreTrainedModel:
     return model
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _tokenizer(name: str, model: Any) -> PreTrainedTokenizerBase:
+    if is_sentence_model(model):
+        return tokenizer_of(model)
     if not compat.has_file(name, TOKENIZER_FILE):
         raise ValueError(f"{name} has no tokenizer ({TOKENIZER_FILE}): save it there with save_pretrained")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     return tokenizer
 
 
-def _save(model: PreTrainedModel, args: argparse.Namespace) -> None:
-    model.save_pretrained(args.out)
-    if compat.has_file(args.model, TOKENIZER_FILE):
-        _tokenizer(args.model).save_pretrained(args.out)
+def _save(model: Any, args: argparse.Namespace) -> None:
+    model.save_pretrained(str(args.out))
+    if not is_sentence_model(model) and compat.has_file(args.model, TOKENIZER_FILE):
+        _tokenizer(args.model, model).save_pretrained(args.out)
 
 
-def _counts(args: argparse.Namespace, model: PreTrainedModel) -> Tensor | None:
+def _counts(args: argparse.Namespace, model: Any) -> Tensor | None:
     """Occurrences of each token in the lines of `--counts-from`, (V,) int64; None without that option."""
     if args.counts_from is None:
         return None
-    tokenizer = _tokenizer(args.model)
-    size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
+    tokenizer = _tokenizer(args.model, model)
+    inner = static_model(model) or transformers_models(model)[0]
+    size: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
     counts = torch.zeros(size, dtype=torch.int64)
     with _open(args.counts_from) as lines:
         for batch in tqdm(_batches(lines), desc="Counting tokens", unit="batch"):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import AdaCompConfig
 from .quantizer import AdaCompHfQuantizer, attach, detach, refuse_quantized
+from .sentence import give_methods, put_static_embedding, put_static_model, static_model, take_methods
 from .surgery import install, take_out
-from .tables import compressed_embeddings, keep_from_broadcasts, require_compressed
+from .tables import compressed_embeddings, keep_from_broadcasts, require_compressed, transformers_models
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=Any)
 
 
 def compress(
@@ -39,7 +40,9 @@ def compress(
     'observe'
 
     Args:
-        model: Any `PreTrainedModel` whose token table is an `nn.Embedding` or one of transformers' scaled embeddings.
+        model: Any `PreTrainedModel` whose token table is an `nn.Embedding` or one of transformers' scaled embeddings,
+            or what holds such models, as those of sentence-transformers. A `StaticEmbedding` becomes a transformers
+            model with mean pooling, which gives the same vectors.
         config: The settings.
         token_counts: Occurrences of each token in the training data, (V,), or such counts by module name of the
             table. If given, the warm start runs now; if not, `AdaCompCallback` counts the training data.
@@ -53,12 +56,39 @@ def compress(
     Raises:
         ValueError: If the model cannot be compressed; it is then as it was.
     """
+    static = static_model(model)
+    inner = [static] if static is not None else transformers_models(model)
+    if not inner:
+        raise ValueError(
+            f"compress takes a transformers PreTrainedModel, or an object that holds one; got {type(model).__name__}. "
+            "For another module, put AdaptiveCompressedEmbedding.from_embedding(module.embedding, config) in the place "
+            "of its nn.Embedding"
+        )
+    for i, one in enumerate(inner):
+        try:
+            _compress(one, config, token_counts, include, exclude)
+        except ValueError:
+            for done in inner[:i]:
+                take_out(done)
+                detach(done)
+            raise
+    if static is not None:
+        put_static_model(model, static)
+    give_methods(model)
+    return model
+
+
+def _compress(
+    model: PreTrainedModel,
+    config: AdaCompConfig,
+    token_counts: Tensor | Mapping[str, Tensor] | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+) -> None:
     quantizer = AdaCompHfQuantizer(config, pre_quantized=False)
-    if isinstance(model, PreTrainedModel) and not compressed_embeddings(model):
-        refuse_quantized(model)
+    refuse_quantized(model)
     install(model, quantizer.quantization_config, token_counts, include, exclude)
     attach(model, quantizer)
-    return model
 
 
 def pack(model: Model) -> Model:
@@ -77,6 +107,7 @@ def pack(model: Model) -> Model:
     for embedding in require_compressed(model).values():
         embedding.pack()
     keep_from_broadcasts(model)
+    give_methods(model)
     return model
 
 
@@ -99,6 +130,10 @@ def decompress(model: Model) -> Model:
     unpacked = [name for name, embedding in found.items() if embedding.phase != "packed"]
     if unpacked:
         raise ValueError(f"decompress gives back packed tables, and {unpacked[0]!r} is still in training: pack(model)")
-    take_out(model)
-    detach(model)
+    for one in transformers_models(model):
+        if compressed_embeddings(one):
+            take_out(one)
+            detach(one)
+    put_static_embedding(model)
+    take_methods(model)
     return model

@@ -13,6 +13,7 @@ from .. import compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from .layout import tensor_checksums
+from .tables import token_tables
 
 
 def refuse_replaced(
@@ -34,10 +35,12 @@ def refuse_replaced(
                 "decompress(model) before tables are exchanged"
             )
         _refuse_width(name, head, head.embedding.num_embeddings)
-    output, table = model.get_output_embeddings(), model.get_input_embeddings()
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    if isinstance(output, nn.Linear) and isinstance(table, nn.Embedding) and table.num_embeddings == vocabulary:
-        _refuse_width("get_output_embeddings()", output, table.num_embeddings)
+    output = model.get_output_embeddings()
+    if isinstance(output, nn.Linear):
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        for table in token_tables(model).values():
+            if table.num_embeddings == vocabulary:
+                _refuse_width("get_output_embeddings()", output, table.num_embeddings)
 
 
 def _refuse_width(name: str, head: nn.Module, tokens: int) -> None:

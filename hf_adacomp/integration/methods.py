@@ -32,7 +32,7 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
     """`PreTrainedModel.save_pretrained`; a packed model's folder gets a model card, too."""
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
-        _describe(model, save_directory)
+        describe(model, save_directory)
 
 
 def set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
@@ -59,7 +59,7 @@ def upload_files(
     model: PreTrainedModel, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
 ) -> Any:
     """The last step of `push_to_hub`, by when the card of the Hub lies in `working_dir`: our part goes into it."""
-    _describe(model, working_dir, repo_id=repo_id)
+    describe(model, working_dir, repo_id=repo_id)
     return compat.upload_files(model, working_dir, repo_id, *args, **kwargs)
 
 
@@ -86,6 +86,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _describe(model: PreTrainedModel, folder: str | os.PathLike[str], **where: str) -> None:
+def describe(model: Any, folder: str | os.PathLike[str], **where: str) -> None:
+    """Put our part into the card in `folder`, if the model is packed."""
     if _write_card is not None and all(table.phase == "packed" for table in compressed_embeddings(model).values()):
         _write_card(model, folder, **where)

@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import compat
 from ..config import QUANT_METHOD, AdaCompConfig
+from ..nn.bag import Bag
 from .checkpoint import check_stored, check_tables, stored_tensors
 from .integrity import (
     check_values,
@@ -70,7 +71,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             new = empty_table(layout, self.quantization_config, table.owner.weight.dtype)
             if stored is not None:  # transformers would make room for whatever the config claims
                 check_stored(stored_name, new.state_dict(), stored)
-            new.dense_class = type(table.owner)
+            new.dense_class, new.bag = type(table.owner), Bag.of(table.owner)
             put(model, table, new, self.quantization_config.head)
             new.loading = True
             self._checksums[new] = layout["tensor_checksums"]
@@ -131,9 +132,9 @@ class AdaCompHfQuantizer(HfQuantizer):
 
 def refuse_quantized(model: PreTrainedModel) -> None:
     """Raise ValueError if another quantizer is in charge of `model`: a config has room for one."""
-    other = getattr(model.config, "quantization_config", None)
     quantizer = compat.quantizer_of(model)
-    if quantizer is None and other is None:
+    other = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
+    if isinstance(other, AdaCompConfig) or (quantizer is None and other is None):
         return
     method = getattr(other, "quant_method", None) or (other or {}).get("quant_method", type(quantizer).__name__)
     raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..codes.bits import group_bytes, index_bits, packed_bytes
-from .tables import require_compressed, untied_heads
+from .tables import require_compressed, transformers_models, untied_heads
 
 
 @dataclass(frozen=True)
@@ -97,5 +97,7 @@ def size_report(model: Any, settled: bool = False) -> SizeReport:
         tokens_per_length={
             length: sum(part.tokens_per_length.get(length, 0) for part in parts) for length in lengths_found
         },
-        head_bytes=sum(head.weight.nbytes for head in untied_heads(model).values()),
+        head_bytes=sum(
+            head.weight.nbytes for inner in transformers_models(model) for head in untied_heads(inner).values()
+        ),
     )

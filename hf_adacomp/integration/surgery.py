@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from .. import compat
 from ..config import AdaCompConfig
-from ..nn.dense import dense_embedding
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from ..nn.sharing import Place, SharedEmbedding
@@ -24,11 +23,6 @@ def install(
     exclude: Sequence[str] = (),
 ) -> None:
     """Replace the token tables of `model` by compressed ones; nothing changes if it raises."""
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"compress takes a transformers PreTrainedModel; got {type(model).__name__}. For another module, put "
-            "AdaptiveCompressedEmbedding.from_embedding(module.embedding, config) in the place of its nn.Embedding"
-        )
     if compressed_embeddings(model):
         raise ValueError(f"{type(model).__name__} is compressed already; decompress(model) undoes it")
     tables = dense_tables(model, include, exclude)
@@ -69,8 +63,7 @@ def take_out(model: PreTrainedModel) -> None:
         for module in list(model.modules()):
             if isinstance(module, SharedEmbedding) and module.embedding is embedding:
                 weight = dense.weight.detach().clone() if untied else dense.weight
-                again = dense_embedding(weight, dense.padding_idx, embedding.scale, embedding.dense_class)
-                replace_module(model, module, again.train(module.training))
+                replace_module(model, module, embedding.dense_with(weight).train(module.training))
             if isinstance(module, CompressedHead) and module.embedding is embedding:
                 linear = nn.Linear(1, 1, bias=False)
                 linear.out_features, linear.in_features = dense.weight.shape

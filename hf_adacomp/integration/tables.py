@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import compat
-from ..nn.dense import checked_table
+from ..nn.bag import Bag
+from ..nn.dense import TABLES, checked_table
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 
@@ -30,8 +31,8 @@ class DenseTable:
     """
 
     name: str
-    owner: nn.Embedding
-    shared: dict[str, nn.Embedding]
+    owner: nn.Embedding | nn.EmbeddingBag
+    shared: dict[str, nn.Embedding | nn.EmbeddingBag]
     heads: dict[str, nn.Linear]
 
     @property
@@ -45,6 +46,24 @@ def named_modules(model: Any) -> dict[str, nn.Module]:
     parts = {"": model} if isinstance(model, nn.Module) else vars(model)
     found = [part.named_modules(prefix=name) for name, part in parts.items() if isinstance(part, nn.Module)]
     return dict(chain.from_iterable(found))
+
+
+def transformers_models(model: Any) -> list[PreTrainedModel]:
+    """A transformers model itself, or those that an object holds, such as a sentence-transformers model; outermost."""
+    found: list[PreTrainedModel] = []
+    for module in named_modules(model).values():
+        if isinstance(module, PreTrainedModel) and not any(module in [*outer.modules()] for outer in found):
+            found.append(module)
+    return found
+
+
+def compressed_model(model: Any) -> PreTrainedModel:
+    """The one transformers model with compressed tables that `model` is or holds."""
+    require_compressed(model)
+    found = [inner for inner in transformers_models(model) if compressed_embeddings(inner)]
+    if len(found) != 1:
+        raise ValueError(f"{type(model).__name__} holds {len(found)} compressed transformers models: name one of them")
+    return found[0]
 
 
 def compressed_embeddings(model: Any) -> dict[str, AdaptiveCompressedEmbedding]:
@@ -108,9 +127,9 @@ def dense_tables(
     names: dict[nn.Module, str] = {module: name for name, module in reversed([*model.named_modules()])}
     if include is None:
         found = [_input_embeddings(part) for _, part in model_parts(model)]
-        owners = [m for i, m in enumerate(found) if m is not None and (i == 0 or isinstance(m, nn.Embedding))]
+        owners = [m for i, m in enumerate(found) if m is not None and (i == 0 or isinstance(m, TABLES))]
     else:
-        owners = [m for m, name in names.items() if isinstance(m, nn.Embedding) and _matches(name, include)]
+        owners = [m for m, name in names.items() if isinstance(m, TABLES) and _matches(name, include)]
         owners.sort(key=lambda owner: owner is not _input_embeddings(model))
     tables: list[DenseTable] = []
     for owner in owners:
@@ -130,7 +149,7 @@ def dense_tables(
 def dense_table(model: PreTrainedModel, name: str, owner: nn.Module) -> DenseTable:
     """The table of the module `name` of `model`; ValueError if it, or what shares it, is not understood."""
     checked_table(owner)
-    owner = cast(nn.Embedding, owner)
+    owner = cast(nn.Embedding | nn.EmbeddingBag, owner)
     table = DenseTable(name, owner, {}, {})
     head = model.get_output_embeddings()
     if head is not None and not isinstance(head, (nn.Linear, CompressedHead)):
@@ -146,7 +165,7 @@ def dense_table(model: PreTrainedModel, name: str, owner: nn.Module) -> DenseTab
         )
         if module is owner or not tied:
             continue
-        if isinstance(module, nn.Embedding) and _same_but_for_place(module, owner):
+        if isinstance(module, TABLES) and _same_but_for_place(module, owner):
             table.shared[other] = module
         elif type(module) is nn.Linear and module.weight.shape == owner.weight.shape:
             table.heads[other] = module
@@ -170,7 +189,7 @@ def matching_table(model: PreTrainedModel, name: str) -> DenseTable:
     """
     for candidate, module in model.named_modules(remove_duplicate=False):
         same = candidate == name or candidate.endswith("." + name) or name.endswith("." + candidate)
-        if candidate and same and isinstance(module, nn.Embedding):
+        if candidate and same and isinstance(module, TABLES):
             return dense_table(model, candidate, module)
     raise ValueError(
         f"the file's quantization_config names a compressed table {name!r}, but {type(model).__name__} has no "
@@ -208,7 +227,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
 
 
-def _same_but_for_place(a: nn.Embedding, b: nn.Embedding) -> bool:
+def _same_but_for_place(a: nn.Embedding | nn.EmbeddingBag, b: nn.Embedding | nn.EmbeddingBag) -> bool:
     scales = [compat.embed_scale(module) for module in (a, b)]
     same = all(isinstance(scale, torch.Tensor) and scale.is_meta for scale in scales) or scales[0] == scales[1]
-    return type(a) is type(b) and bool(same) and a.padding_idx == b.padding_idx
+    return type(a) is type(b) and bool(same) and a.padding_idx == b.padding_idx and Bag.of(a) == Bag.of(b)

@@ -13,9 +13,9 @@ from .. import compat
 from ..codes.codebook import BinaryCodebook
 from ..codes.descent import nearest_bits
 from ..nn.embedding import AdaptiveCompressedEmbedding
-from .tables import compressed_heads, model_parts, require_compressed, token_tables
+from .tables import compressed_heads, compressed_model, model_parts, require_compressed, token_tables
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=Any)
 
 LOGITS_BIAS = "final_logits_bias"
 """Of shape (1, V), of Bart and its kin."""
@@ -47,12 +47,13 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative; got {num_tokens}. To drop tokens, keep_tokens(model, n)")
-    tables = _packed_tables(model)
+    inner = compressed_model(model)
+    tables = _packed_tables(inner)
     if vectors is not None and len(tables) > 1:
         raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
     before = tables[0].num_embeddings
     codes = None if vectors is None else _codes_for(tables[0], num_tokens, vectors)
-    model.resize_token_embeddings(before + num_tokens)
+    inner.resize_token_embeddings(before + num_tokens)
     if codes is not None:
         tables[0].resize(torch.arange(before, device=codes.device), codes)
     return model
@@ -79,7 +80,8 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
     Raises:
         ValueError: For ids that are not there or twice, and where the padding token is not among them.
     """
-    tables = _packed_tables(model)
+    inner = compressed_model(model)
+    tables = _packed_tables(inner)
     total, device = tables[0].num_embeddings, tables[0].device
     kept = torch.arange(tokens) if isinstance(tokens, int) else torch.as_tensor(tokens)
     if kept.dim() != 1 or kept.is_floating_point() or not 0 < len(kept) <= total:
@@ -87,9 +89,9 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
     if not 0 <= int(kept.min()) <= int(kept.max()) < total or len(kept.unique()) < len(kept):
         raise ValueError(f"tokens to keep must be different ids from 0 to {total - 1}; got {kept.tolist()[:20]}")
     prefix = torch.equal(kept, torch.arange(len(kept), dtype=kept.dtype, device=kept.device))
-    if not prefix and compat.resizes_more(model) and not hasattr(model, LOGITS_BIAS):
+    if not prefix and compat.resizes_more(inner) and not hasattr(inner, LOGITS_BIAS):
         raise ValueError(
-            f"{type(model).__name__} has further weights by token, of which only the last can be dropped: "
+            f"{type(inner).__name__} has further weights by token, of which only the last can be dropped: "
             "keep_tokens(model, n)"
         )
     for embedding in tables:
@@ -98,8 +100,8 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
             raise ValueError(f"cannot drop the padding token {padding}: keep it, too")
     if not prefix:
         codes = [_codes_for(embedding, 0, None) for embedding in tables]
-        _resize(model, tables, kept.to(device, torch.int64), codes)
-    model.resize_token_embeddings(len(kept))
+        _resize(inner, tables, kept.to(device, torch.int64), codes)
+    inner.resize_token_embeddings(len(kept))
     return model
 
 

@@ -1,4 +1,4 @@
-"""The dense tables that can be compressed: `nn.Embedding` and the scaled subclasses of transformers."""
+"""The dense tables that can be compressed: `nn.Embedding`, `nn.EmbeddingBag`, scaled subclasses of transformers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
+from .bag import Bag
+
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+"""Classes of dense tables."""
 
 
 def checked_table(embedding: nn.Module) -> Tensor:
-    """The table of a plain or scaled `nn.Embedding`, (V, d).
+    """The table of a plain or scaled `nn.Embedding`, or an `nn.EmbeddingBag`, (V, d).
 
     Raises:
         ValueError: For any other subclass, which may compute something else in `forward`, for `sparse` or `max_norm`,
@@ -20,10 +24,10 @@ def checked_table(embedding: nn.Module) -> Tensor:
     if not isinstance(getattr(embedding, "weight", None), nn.Parameter):
         raise ValueError(f"cannot compress {type(embedding).__name__}: it has no parameter `weight` of its own")
     checked_scale(embedding)
-    if not isinstance(embedding, nn.Embedding) or embedding.sparse or embedding.max_norm is not None:
+    if not isinstance(embedding, TABLES) or embedding.sparse or embedding.max_norm is not None:
         raise ValueError(
-            f"cannot compress an nn.Embedding with sparse={embedding.sparse} and max_norm={embedding.max_norm}: "
-            "set sparse=False and max_norm=None first"
+            f"cannot compress an {type(embedding).__name__} with sparse={embedding.sparse} and "
+            f"max_norm={embedding.max_norm}: set sparse=False and max_norm=None first"
         )
     weight = embedding.weight.detach()
     # The extremes tell, NaN included, without a mask as large as the table.
@@ -39,7 +43,7 @@ def checked_scale(embedding: nn.Module) -> float:
     Many models multiply by `sqrt(d)` inside of a subclass. One is understood if it names its factor `embed_scale` and
     really computes that product.
     """
-    if type(embedding) is nn.Embedding:
+    if type(embedding) in TABLES:
         return 1.0
     scale = compat.embed_scale(embedding)
     own = {name for name, _ in embedding.named_parameters()}
@@ -61,10 +65,13 @@ def _multiplies(embedding: nn.Embedding, scale: float) -> bool:
     return found.shape == rows.shape and torch.allclose(found.float(), rows.float() * scale, rtol=0.01)
 
 
-def dense_embedding(weight: Tensor | nn.Parameter, padding_idx: int | None, scale: float, kind: type) -> nn.Embedding:
-    """A dense module of class `kind` with this table (V, d), which it shares."""
+def dense_embedding(
+    weight: Tensor | nn.Parameter, padding_idx: int | None, scale: float, kind: type, bag: Bag | None
+) -> nn.Embedding | nn.EmbeddingBag:
+    """A dense module of class `kind`, or a bag, with this table (V, d), which it shares."""
     options: dict[str, Any] = {} if kind is nn.Embedding else {"embed_scale": scale}
-    embedding: nn.Embedding = kind(1, weight.shape[1], None, **options)
+    dim = weight.shape[1]
+    embedding: nn.Embedding | nn.EmbeddingBag = kind(1, dim, None, **options) if bag is None else bag.dense(dim)
     embedding.to(device=weight.device, dtype=weight.dtype)
     embedding.num_embeddings, embedding.padding_idx = len(weight), padding_idx
     embedding.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)

@@ -12,8 +12,9 @@ from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
 from ..fitting.ladder import with_ladder_for
+from .bag import Bag
 from .decoding import with_all
-from .dense import checked_scale, checked_table, dense_embedding
+from .dense import checked_scale, checked_table
 from .movement import Movement
 from .ranks import check_agreement, take_from_first
 from .regularization import add_gradients, finite_gradients, regularizer
@@ -66,7 +67,6 @@ class AdaptiveCompressedEmbedding(CodedTable):
             dense = nn.Embedding.from_pretrained(_source, padding_idx=padding_idx)  # shares it
         source = dense.weight.data
         super().__init__(source, with_ladder_for(source, config), dense.padding_idx)
-        self.dense_class: type[nn.Embedding] = nn.Embedding
         self.abandoned = False  # whether training ended before the lengths were frozen
         self.diverged = False  # whether the task's last gradients were NaN or Inf
         self.movement = Movement()
@@ -76,9 +76,9 @@ class AdaptiveCompressedEmbedding(CodedTable):
 
     @classmethod
     def from_embedding(
-        cls, embedding: nn.Embedding, config: AdaCompConfig, token_counts: Tensor | None = None
+        cls, embedding: nn.Embedding | nn.EmbeddingBag, config: AdaCompConfig, token_counts: Tensor | None = None
     ) -> AdaptiveCompressedEmbedding:
-        """Compress a plain or scaled `nn.Embedding`; with `token_counts` (V,) the warm start runs at once.
+        """Compress an `nn.Embedding`, plain or scaled, or an `nn.EmbeddingBag`; with `token_counts` (V,) fit at once.
 
         The source table is shared, not copied, until `pack` lets go of it.
 
@@ -102,7 +102,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         with torch.inference_mode(False):  # what is made there cannot learn
             module = cls(tokens, dim, config, embedding.padding_idx, _source=source)
         module.budget()
-        module.scale, module.dense_class = checked_scale(embedding), type(embedding)
+        module.scale, module.dense_class, module.bag = checked_scale(embedding), type(embedding), Bag.of(embedding)
         module.train(embedding.training)
         if token_counts is not None:
             module.warm_start(token_counts)
@@ -196,13 +196,19 @@ class AdaptiveCompressedEmbedding(CodedTable):
 
     # What is computed
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Vectors of the ids, int32 or int64 of any shape -> (..., d)."""
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Vectors of the ids, int32 or int64 of any shape -> (..., d); or what an `nn.EmbeddingBag` returns."""
         if input.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"embedding ids must be int32 or int64, as for nn.Embedding; got {input.dtype}")
         self.refuse_offloaded(input)
-        vectors = self._look_up(input.to(torch.int64))
-        return vectors if self.scale == 1 else vectors * self.scale
+        ids = input.to(torch.int64)
+        vectors = self._look_up(ids if self.bag is None else ids.flatten())
+        vectors = vectors if self.scale == 1 else vectors * self.scale
+        if self.bag is not None:
+            return self.bag.reduce(ids, vectors, offsets, per_sample_weights, self.padding_idx)
+        if offsets is not None or per_sample_weights is not None:
+            raise TypeError("offsets and per_sample_weights are for tables in the place of an nn.EmbeddingBag")
+        return vectors
 
     def _look_up(self, ids: Tensor) -> Tensor:
         if self.training_state is not None:
@@ -235,14 +241,6 @@ class AdaptiveCompressedEmbedding(CodedTable):
         return self
 
     # Questions
-
-    @torch.no_grad()
-    def to_embedding(self) -> nn.Embedding:
-        """A dense embedding of the class that this one replaced, with the decoded table."""
-        was_training = self.training
-        weight = self.eval().hard_decoder().table()
-        self.train(was_training)
-        return dense_embedding(weight, self.padding_idx, self.scale, self.dense_class).train(was_training)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

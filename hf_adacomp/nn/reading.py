@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..codes.codebook import BinaryCodebook
+from .bag import Bag
 from .decoding import Decoder, SourceVectors
+from .dense import dense_embedding
 from .training_state import TrainingState
 from .weight import LOST, DecodedWeight, Read, Table
 
@@ -74,14 +76,45 @@ class ReadableTable(WeightFromCodes):
 
     num_embeddings: int
     embedding_dim: int
+    padding_idx: int | None
     codebooks: nn.ModuleList
     training_state: TrainingState | None
     decoder: Callable[[], Decoder | SourceVectors]
-    reached = False  # whether training ever used its vectors
+    hard_decoder: Callable[[], Decoder]
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
+        self.reached = False  # whether training ever used its vectors
         self.last_weight = LastWeight()
+        # Of the dense module: its class, the factor that it applies, and how it makes one vector of many.
+        self.dense_class: type = nn.Embedding
+        self.scale = 1.0
+        self.bag: Bag | None = None
+
+    @property
+    def itself(self) -> ReadableTable:
+        """The table, also when asked through a wrapper that passes on what it does not know."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return cast(BinaryCodebook, self.codebooks[0]).bias.device
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """As of the scaled embeddings of transformers; others have none."""
+        if self.scale == 1:
+            raise AttributeError("embed_scale")
+        return torch.tensor(self.scale, device=self.device)
+
+    def refuse_offloaded(self, input: Tensor) -> None:
+        """Raise ValueError if `input` has values but the table is on the meta device, where offloading leaves it."""
+        if self.device.type == "meta" != input.device.type:
+            raise ValueError(
+                "the compressed table is on the meta device: offloading it (device_map, accelerate's cpu_offload and "
+                "disk_offload) is not supported. It is small: keep it on a device and offload other modules"
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -117,3 +150,15 @@ class ReadableTable(WeightFromCodes):
     def _state_now(self) -> tuple[Any, ...]:
         tensors = chain(self.parameters(), self.buffers())
         return self.training, *((id(tensor), tensor.data_ptr(), compat.version(tensor)) for tensor in tensors)
+
+    @torch.no_grad()
+    def to_embedding(self) -> nn.Embedding | nn.EmbeddingBag:
+        """A dense module of the class that this one replaced, with the decoded table."""
+        was_training = self.training
+        dense = self.dense_with(self.eval().hard_decoder().table())
+        self.train(was_training)
+        return dense.train(was_training)
+
+    def dense_with(self, weight: Tensor) -> nn.Embedding | nn.EmbeddingBag:
+        """A dense module of the class that this one replaced, with a table (V, d), which it shares."""
+        return dense_embedding(weight, self.padding_idx, self.scale, self.dense_class, self.bag)

@@ -73,9 +73,9 @@ class Borrower(WeightFromCodes):
 class SharedEmbedding(Borrower):
     """Further token embeddings that share the table, such as those of a decoder."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
         """As `AdaptiveCompressedEmbedding.forward`."""
-        vectors: Tensor = self.embedding(input.to(self.embedding.device))
+        vectors: Tensor = self.embedding(input.to(self.embedding.device), *args)
         return vectors
 
     @property

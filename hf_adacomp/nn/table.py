@@ -43,7 +43,6 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         ReadableTable.__init__(self)
         self.num_embeddings, self.embedding_dim = source.shape
         self.padding_idx, self.config = padding_idx, config
-        self.scale = 1.0
         self.zero_padding = padding_idx is not None and (source.is_meta or not source[padding_idx].any())
         self.codebooks = nn.ModuleList(
             BinaryCodebook(
@@ -59,23 +58,6 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.training_state: TrainingState | None = TrainingState(source, config)
         self.packed: PackedCodes | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_form)  # type: ignore[no-untyped-call]  # torch's
-
-    @property
-    def itself(self) -> CodedTable:
-        """The table, also when asked through a wrapper that passes on what it does not know."""
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.books[0].bias.device
-
-    @property
-    def embed_scale(self) -> Tensor:
-        """As of the scaled embeddings of transformers; others have none."""
-        if self.scale == 1:
-            raise AttributeError("embed_scale")
-        return torch.tensor(self.scale, device=self.device)
 
     @property
     def books(self) -> list[BinaryCodebook]:
@@ -101,14 +83,6 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         books = sum(book.stored_bytes() for book in self.books)
         config = self.config
         return code_budget(self.num_embeddings, self.embedding_dim, config.ladder, books, config.target_ratio)
-
-    def refuse_offloaded(self, input: Tensor) -> None:
-        """Raise ValueError if `input` has values but the table is on the meta device, where offloading leaves it."""
-        if self.device.type == "meta" != input.device.type:
-            raise ValueError(
-                "the compressed table is on the meta device: offloading it (device_map, accelerate's cpu_offload and "
-                "disk_offload) is not supported. It is small: keep it on a device and offload other modules"
-            )
 
     def check_size(self) -> None:
         """Raise ValueError if frozen lengths exceed what `config.target_ratio` leaves for them."""

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from .. import compat
 from ..integration.methods import TAGS
+from ..integration.sentence import is_sentence_model
 from ..integration.sizes import size_report
-from ..integration.tables import require_compressed
+from ..integration.tables import compressed_model, require_compressed
 from .plots import can_plot, plot_histogram
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ TITLE = re.compile(r"\A\s*(?:<!--.*?-->\s*)*# [^\n]*\n", re.DOTALL)
 
 
 def model_card(
-    model: PreTrainedModel,
+    model: Any,
     card: ModelCard | None = None,
     *,
     repo_id: str | None = None,
@@ -40,7 +41,7 @@ def model_card(
     """A card that tells how to load `model`, what its table weighs, and what it lost.
 
     Args:
-        model: A compressed model.
+        model: A compressed model, of transformers or sentence-transformers.
         card: A card to put this into. Its text and metadata stay, save what an earlier call wrote. Default: a new one.
         repo_id: Where the model will be loaded from.
         base_model: Hub name of the dense model. Default: what the model was compressed from, if that has such a name.
@@ -51,13 +52,15 @@ def model_card(
     Returns:
         The new card, or `card`, changed in place.
     """
-    size, tables = size_report(model), require_compressed(model)
-    title = (repo_id or compat.loaded_from(model) or type(model).__name__).rstrip("/").split("/")[-1]
+    size, tables, inner = size_report(model), require_compressed(model), compressed_model(model)
+    title = (repo_id or compat.loaded_from(inner) or type(model).__name__).rstrip("/").split("/")[-1]
     written = ModelCard.from_template(
         ModelCardData(),
         template_path=str(TEMPLATE),
         title=title,
         model_class=type(model).__name__,
+        library="transformers" if inner is model else type(model).__module__.split(".")[0],
+        load=type(model).__name__ if is_sentence_model(model) else f"{type(model).__name__}.from_pretrained",
         location=repo_id or "path/to/this/folder",
         size=size,
         picture=picture,
@@ -71,12 +74,12 @@ def model_card(
         card.text = _put_block(card.text, written.text, "table")
         if results:
             card.text = _put_block(card.text, written.text, "accuracy")
-    _describe(card.data, base_model or _base_model(model), results, title)
+    _describe(card.data, base_model or _base_model(inner), results, title)
     return card
 
 
 def save_model_card(
-    model: PreTrainedModel,
+    model: Any,
     folder: str | os.PathLike[str],
     *,
     repo_id: str | None = None,
@@ -103,7 +106,7 @@ def save_model_card(
     return card
 
 
-def _draw(model: PreTrainedModel, folder: Path) -> str | None:
+def _draw(model: Any, folder: Path) -> str | None:
     """Name of the picture in `folder`; None where there is none, since a picture must not cost a saved model."""
     if not can_plot():
         return None

@@ -6,16 +6,16 @@ import os
 import shutil
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import CommitInfo, EvalResult, HfApi
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import PreTrainedModel
 
 from .card import save_model_card
 
 
 def push_model_card(
-    model: PreTrainedModel,
+    model: Any,
     repo_id: str,
     *,
     base_model: str | None = None,

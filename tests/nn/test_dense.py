@@ -32,7 +32,7 @@ def test_options_that_would_be_lost_are_refused(options):
 
 @pytest.mark.parametrize("source", [nn.Embedding(8, 4, padding_idx=2), scaled()])
 def test_dense_embedding_computes_the_same(source):
-    again = dense_embedding(source.weight, source.padding_idx, checked_scale(source), type(source))
+    again = dense_embedding(source.weight, source.padding_idx, checked_scale(source), type(source), None)
     ids = torch.arange(8)
     assert again.weight is source.weight
     assert type(again) is type(source)
