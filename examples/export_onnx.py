@@ -12,7 +12,6 @@ import copy
 import json
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,8 +19,6 @@ from statistics import median
 import onnxruntime
 import torch
 import transformers
-from onnx import TensorProto, helper
-from onnxscript import opset18 as op
 from torch import Tensor, nn
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
 
@@ -53,27 +50,6 @@ class Encoder(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
 
 
-def _shift_bytes(direction: str) -> Callable:
-    return lambda octets, places: op.BitShift(octets, places, direction=direction)
-
-
-def _shift_right_by(integers: object, places: int) -> object:
-    unsigned = op.Cast(integers, to=TensorProto.UINT64)  # ONNX shifts no signed ones; ours are positive
-    return op.CastLike(op.BitShift(unsigned, op.Constant(value=_unsigned(places)), direction="RIGHT"), integers)
-
-
-def _unsigned(number: int) -> TensorProto:
-    return helper.make_tensor("places", TensorProto.UINT64, (), [number])
-
-
-TRANSLATIONS = {
-    torch.ops.aten.__rshift__.Tensor: _shift_bytes("RIGHT"),
-    torch.ops.aten.__lshift__.Tensor: _shift_bytes("LEFT"),
-    torch.ops.aten.__rshift__.Scalar: _shift_right_by,
-}
-"""Shifts of bits, which ONNX has and PyTorch's exporter does not translate."""
-
-
 def load(name: str) -> Encoder:
     """The model with the head that it was saved with."""
     architecture = (AutoConfig.from_pretrained(name).architectures or ["AutoModel"])[0]
@@ -100,7 +76,6 @@ def export(model: Encoder, file: Path) -> None:
             input_names=INPUTS,
             output_names=("output",),
             dynamic_shapes=dict.fromkeys(INPUTS, axes),
-            custom_translation_table=TRANSLATIONS,
             dynamo=True,
             verbose=False,
         )

@@ -1,6 +1,6 @@
 """Every architecture of transformers that can be built tiny, through everything a user does with a compressed model.
 
-python tests/sweep.py                 all of them, about 25 minutes on one core; prints a table, exits 1 if one fails
+python tests/sweep.py                 all of them, eight minutes on one core; prints a table, exits 1 if one fails
 python tests/sweep.py gpt2 bert       those whose name contains one of the words
 
 An architecture works, is refused by `compress` with the reason, or fails. Where the dense model itself cannot do a step
@@ -320,6 +320,12 @@ def outcome(kind: str, model_type: str, name: str, tied: bool, head: str = "comp
     return found
 
 
+def report(found: Outcome) -> str:
+    """One row of the table."""
+    tied, reason = "tied" if found.tied else "apart", " ".join(found.reason.split())[:200]
+    return f"{found.verdict:<10}{found.kind:<9}{found.name:<46}{tied:<6}{found.steps:<29}{reason}"
+
+
 def main(words: list[str]) -> int:
     """Print the table."""
     warnings.filterwarnings("ignore")
@@ -329,9 +335,7 @@ def main(words: list[str]) -> int:
         for tied in (True, False) if kind != "classify" else (False,):
             found = outcome(kind, model_type, name, tied)
             verdicts[found.verdict] += 1
-            reason = " ".join(found.reason.split())[:200]
-            row = f"{found.verdict:<10}{kind:<9}{name:<46}{'tied' if tied else 'apart':<6}{found.steps:<29}{reason}"
-            print(row, flush=True)
+            print(report(found), flush=True)
     print(dict(verdicts))
     return int(verdicts["FAILS"] > 0)
 

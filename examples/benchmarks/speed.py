@@ -249,8 +249,30 @@ def load(args: SpeedArguments) -> Iterator[Row]:
     yield "peak memory of from_pretrained above that of a tiny table", (peaks[1] - peaks[0]) / 1e6, "MB"
 
 
+def weight(args: SpeedArguments) -> Iterator[Row]:
+    tokens = int(262_144 * args.scale)
+    made = f"""
+import sys, time, torch
+from torch.nn import functional as F
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from random_tables import random_table
+torch.set_num_threads({args.threads})
+table, ids, hidden = random_table({tokens}, 640), torch.arange(4096) % {tokens}, torch.randn(16, 640)
+start = time.perf_counter()"""
+    *_, before = process_figures(made)
+    for name, use in {
+        "dtype, device, shape": "table.weight.dtype, table.weight.device, table.weight.shape",
+        "4,096 rows": "with torch.no_grad(): table.weight[ids]",
+        "all values": "with torch.no_grad(): table.weight.sum()",
+        "logits of 16 positions and gradients": "F.linear(hidden, table.weight).logsumexp(-1).sum().backward()",
+    }.items():
+        seconds, peak = process_figures(f"{made}\n{use}\nprint(time.perf_counter() - start)")
+        yield f"weight of a packed table of 262,144 x 640: {name}", seconds, "s"
+        yield "  memory, over the dense table", (peak - before) / (tokens * 640 * 4), "x"
+
+
 ROWS: dict[str, Callable[[SpeedArguments], Iterator[Row]]] = {
-    row.__name__: row for row in (forward, lookup, head, generate, train, load, warm_start, imports)
+    row.__name__: row for row in (forward, lookup, head, weight, generate, train, load, warm_start, imports)
 }
 
 

@@ -2,21 +2,23 @@
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
-from architectures import TIED
+from architectures import TIED, UNTIED
 from conftest import VOCABULARY, close, tiny_bert_config
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer import losses
-from transformers import BertModel
+from tokenizers import Tokenizer, models
+from transformers import BertModel, PreTrainedTokenizerFast
 
-from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, pack
+from hf_adacomp import AdaCompCallback, AdaCompConfig, AdaptiveCompressedEmbedding, compress, pack
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -101,6 +103,120 @@ def test_lora_on_a_packed_model(counts, ids, tmp_path):
         assert close(loaded(input_ids=ids).logits, expected)
         assert not torch.allclose(load(tmp_path / "packed")(ids).logits, expected, atol=1e-2)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 2 * VOCABULARY * 32
+
+
+def adapted(model, ids, **settings):
+    """`model` with adapters of PEFT, trained by three steps."""
+    adapter = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **settings)).train()
+    optimizer = torch.optim.SGD([p for p in adapter.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapter(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return adapter.eval()
+
+
+@pytest.mark.filterwarnings("default:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_a_table_that_peft_trains_a_copy_of_is_read_by_the_head(counts, ids, tmp_path):
+    model = packed("llama-tied", counts)
+    before = model(ids).logits
+    adapter = adapted(model, ids, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    expected = adapter(ids).logits
+    assert not torch.allclose(before, expected, atol=1e-3)
+    merged = adapter.merge_and_unload()
+    assert merged.lm_head.embedding is merged.get_input_embeddings()
+    assert close(merged(ids).logits, expected)
+    merged.save_pretrained(tmp_path)
+    assert close(type(merged).from_pretrained(tmp_path)(ids).logits, expected)
+
+
+@pytest.mark.filterwarnings("default:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_lora_on_the_table_itself(counts, ids):
+    model = packed("llama-tied", counts)
+    adapter = adapted(model, ids, target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"would write.*decompress"):
+        adapter.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("default:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_deltas_of_single_tokens(counts, ids):
+    untied = pack(compress(UNTIED["llama"](), AdaCompConfig((4, 8, 32), target_ratio=3), counts))
+    before = untied(ids).logits
+    adapter = adapted(untied, ids, target_modules=["q_proj"], trainable_token_indices=[int(ids[0, 0])])
+    assert not torch.allclose(adapter(ids).logits, before, atol=1e-3)
+    with pytest.raises(ValueError, match=r"TrainableTokensWrapper now.*decompress.*add_tokens"):
+        adapted(packed("llama-tied", counts), ids, target_modules=["q_proj"], trainable_token_indices=[5])
+
+
+@pytest.mark.filterwarnings("default:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_prompt_tuning(counts, ids, tmp_path):
+    model = packed("llama-tied", counts)
+    adapter = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    adapter(input_ids=ids, labels=ids).loss.backward()
+    assert any(parameter.grad is not None for parameter in adapter.parameters())
+    bert = packed("bert", counts)
+    assert bert.bert.get_submodule("embeddings.word_embeddings") is bert.get_input_embeddings()
+    with pytest.raises(AttributeError):
+        bert.get_submodule("no.such.module")
+
+
+@pytest.mark.filterwarnings("default:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_auto_peft_model_resizes_what_it_loads(counts, ids, tmp_path):
+    packed("llama-tied", counts).save_pretrained(tmp_path / "base")
+    base = type(TIED["llama-tied"]()).from_pretrained(tmp_path / "base")
+    settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    get_peft_model(base, settings).save_pretrained(tmp_path / "a")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY + 3)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.save_pretrained(tmp_path / "a")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert loaded.get_input_embeddings().num_embeddings == len(tokenizer) > VOCABULARY
+    assert loaded(ids).logits.shape[-1] == len(tokenizer)
+
+
+@pytest.mark.parametrize("bad", [-1, VOCABULARY])
+def test_graphs_check_ids_as_upstream(counts, ids, bad):
+    table = packed("bert", counts).get_input_embeddings()
+    wrong = ids.clone()
+    wrong[0, 0] = bad
+    compiled = torch.compile(table, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(table, (ids,)).module()
+    for run in (compiled, exported):
+        assert close(run(ids), table(ids))
+        with pytest.raises(RuntimeError, match="out of range"):
+            run(wrong)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_traces_for_any_shape(counts, ids):
+    table = packed("bert", counts).get_input_embeddings()
+    traced = torch.jit.trace(table, (ids,), check_trace=False)
+    other = torch.randint(0, VOCABULARY, (3, 11))
+    assert close(traced(other), table(other))
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")  # of PyTorch about itself
+def test_exports_to_onnx_without_code_of_ours(counts, ids, tmp_path):
+    model = pack(compress(BertModel(tiny_bert_config()).eval(), AdaCompConfig((4, 7, 32), target_ratio=3), counts))
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(model.eval(), (), kwargs={"input_ids": ids}, f=file, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file)
+    found = session.run(None, {session.get_inputs()[0].name: ids.numpy()})[0]
+    assert close(torch.from_numpy(found), model(ids).last_hidden_state.detach(), 1e-5)
+
+
+def test_compresses_and_packs_in_inference_mode(counts, ids):
+    with torch.inference_mode():
+        model = compress(TIED["bert"](), AdaCompConfig((4, 8, 32), target_ratio=3), counts).eval()
+        expected = model(ids).logits
+        assert close(pack(model)(ids).logits, expected)
+    assert all(not parameter.is_inference() for parameter in model.get_input_embeddings().parameters())
+
+
+def test_without_values_lengths_must_be_given(config):
+    with pytest.raises(ValueError, match=r"meta device.*code_lengths"):
+        AdaptiveCompressedEmbedding(1000, 64, AdaCompConfig(), device="meta")
+    assert AdaptiveCompressedEmbedding(1000, 64, config, device="meta").phase == "observe"
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")  # not ours

@@ -322,17 +322,3 @@ def test_training_state_stays_float32_whatever_dtype_is_loaded(bert, config, cou
     assert loaded.training_state.source.dtype == torch.bfloat16
     for part in ("selector", "observation"):
         assert same_state(getattr(loaded.training_state, part), getattr(table.training_state, part))
-
-
-def test_a_table_that_was_replaced_is_not_saved(packed_bert, tmp_path):
-    packed_bert.set_input_embeddings(torch.nn.Embedding(VOCABULARY, 32))
-    with pytest.raises(ValueError, match=r"was replaced, by a Embedding: .*decompress\(model\) first"):
-        packed_bert.save_pretrained(tmp_path)
-
-
-def test_a_head_of_another_table_is_not_saved(counts, tmp_path):
-    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
-    model = pack(compress(TIED["gpt2"](), config, counts))
-    model.lm_head = pack(compress(TIED["gpt2"](), config, counts)).lm_head
-    with pytest.raises(ValueError, match="the output head 'lm_head' reads another table"):
-        model.save_pretrained(tmp_path)

@@ -5,7 +5,6 @@ from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
 from hf_adacomp.nn.head import CompressedHead
-from hf_adacomp.nn.sharing import SharedEmbedding
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -66,17 +65,6 @@ def test_no_dense_table_is_ever_made(table, monkeypatch):
         with torch.no_grad(), LargestTensor(width) as seen:
             CompressedHead(table)(torch.randn(positions, 32))
         assert 0 < seen.most < VOCABULARY * 32 / 4
-
-
-def test_places_do_not_own_the_table(table):
-    shared, head = SharedEmbedding(table), CompressedHead(table, nn.Parameter(torch.zeros(VOCABULARY)))
-    assert [*shared.state_dict()] == []
-    assert [*head.state_dict()] == ["bias"]
-    assert (shared.num_embeddings, shared.embedding_dim, shared.padding_idx) == (VOCABULARY, 32, 0)
-    assert (head.in_features, head.out_features) == (32, VOCABULARY)
-    ids = torch.tensor([3, 1])
-    table.eval()
-    assert torch.equal(shared(ids), table(ids))
 
 
 @pytest.mark.parametrize("phase", ["observe", "select", "encode", "packed"])

@@ -1,0 +1,85 @@
+"""What is saved can be read again; what cannot is refused as what it is."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from architectures import TIED, UNTIED
+from conftest import VOCABULARY
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
+
+from hf_adacomp import AdaCompConfig, compress, decompress, pack
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
+
+@pytest.fixture
+def llama(counts) -> LlamaForCausalLM:
+    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    return pack(compress(TIED["llama-tied"](), config, counts)).eval()
+
+
+def test_a_table_that_was_replaced_is_not_saved(packed_bert, tmp_path):
+    packed_bert.set_input_embeddings(torch.nn.Embedding(VOCABULARY, 32))
+    with pytest.raises(ValueError, match=r"was replaced, by a Embedding: .*decompress\(model\) first"):
+        packed_bert.save_pretrained(tmp_path)
+
+
+def test_a_head_of_another_table_is_not_saved(counts, tmp_path):
+    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    model = pack(compress(TIED["gpt2"](), config, counts))
+    model.lm_head = pack(compress(TIED["gpt2"](), config, counts)).lm_head
+    with pytest.raises(ValueError, match="the output head 'lm_head' reads another table"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_a_head_of_another_width_is_not_saved(name, counts, tmp_path):
+    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    model = pack(compress({**TIED, **UNTIED}[name](), config, counts))
+    model.lm_head.out_features = 600
+    with pytest.raises(ValueError, match=r"logits of 600 tokens.*resize_token_embeddings"):
+        model.save_pretrained(tmp_path)
+
+
+def test_an_offloaded_table_is_refused_as_such(llama, ids, tmp_path):
+    llama.save_pretrained(tmp_path / "packed")
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    options = {"offload_folder": tmp_path / "disk"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", device_map={**places, "model.layers": "disk"}, **options
+    )
+    assert torch.allclose(loaded(ids).logits, llama(ids).logits, atol=1e-5)
+    places = {**places, "model.embed_tokens": "disk", "model.layers": "cpu"}
+    with pytest.raises(ValueError, match=r"offloads the compressed table 'model\.embed_tokens'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map=places, **options)
+    accelerate.cpu_offload(llama, torch.device("cpu"))
+    with pytest.raises(ValueError, match="offloading"):
+        llama(ids)
+
+
+def test_another_quantizer_stays_in_charge(ids, counts, tmp_path):
+    TIED["llama-tied"]().save_pretrained(tmp_path)
+    quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+    before = copy.deepcopy(model.config.quantization_config)
+    with pytest.raises(ValueError, match="quantized already, by torchao"):
+        compress(model, AdaCompConfig((4, 8, 32), target_ratio=3), counts)
+    assert isinstance(model.get_input_embeddings(), nn.Embedding)
+    assert model.config.quantization_config.quant_method == before.quant_method
+
+
+def test_linear_layers_may_be_quantized_in_memory_but_not_saved(llama, ids, tmp_path):
+    before = llama(ids).logits
+    quantize_(llama, Int8WeightOnlyConfig())
+    assert (llama(ids).logits - before).abs().max() < 0.1
+    with pytest.raises(ValueError, match=r"Int8Tensor.*save the model before"):
+        llama.save_pretrained(tmp_path)
+
+
+def test_a_plain_model_again_may_be_compressed_again(llama, counts):
+    model = decompress(llama)
+    assert pack(compress(model, AdaCompConfig((4, 8, 32), target_ratio=3), counts)) is model
