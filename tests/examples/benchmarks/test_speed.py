@@ -7,7 +7,7 @@ import pytest
 
 def test_rows_are_measured_on_small_tables(example, tmp_path, monkeypatch):
     file = tmp_path / "speed.json"
-    rows = ["lookup", "head", "train", "warm_start", "imports"]
+    rows = ["lookup", "head", "weight", "train", "warm_start", "imports"]
     monkeypatch.setitem(example("speed").MINILM, "num_hidden_layers", 1)
     options = ["--scale", "0.02", "--repeats", "1", "--threads", "1", "--json_out", str(file)]
     figures = example("speed").main(["--rows", *rows, *options])
