@@ -47,11 +47,10 @@ class LastWeight:
     def weight(self, table: Table, bias: Tensor) -> DecodedWeight:
         """The weight of `table`, of the dtype and device of `bias`; the same object while somebody holds it."""
         learning = tuple(parameter.requires_grad for parameter in table.parameters())
-        state = torch.is_grad_enabled(), learning, bias.dtype, bias.device, table.num_embeddings
+        state = learning, bias.dtype, bias.device, table.num_embeddings
         weight = self._weights.get(state)
         if weight is None:
-            grad = torch.is_grad_enabled()
-            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            with torch.inference_mode(False), torch.enable_grad():  # as a parameter, whoever asks for it first
                 weight = Read.apply(table, bias, *table.parameters())  # type: ignore[no-untyped-call]  # torch's
             self._weights[state] = weight
         return weight

@@ -260,7 +260,8 @@ def testlast_weight_is_one_object_while_somebody_holds_it(packed):
     weight = packed.weight
     assert packed.weight is weight
     with torch.no_grad():
-        assert packed.weight is not weight  # no gradients
+        assert packed.weight is weight
+        assert packed.weight.requires_grad
     assert isinstance(copy.deepcopy(packed.last_weight), LastWeight)
 
 
