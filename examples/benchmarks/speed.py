@@ -268,7 +268,7 @@ start = time.perf_counter()"""
     }.items():
         seconds, peak = process_figures(f"{made}\n{use}\nprint(time.perf_counter() - start)")
         yield f"weight of a packed table of 262,144 x 640: {name}", seconds, "s"
-        yield "  memory, over the dense table", (peak - before) / (tokens * 640 * 4), "x"
+        yield f"  its memory ({name}), over the dense table", (peak - before) / (tokens * 640 * 4), "x"
 
 
 ROWS: dict[str, Callable[[SpeedArguments], Iterator[Row]]] = {

@@ -35,12 +35,10 @@ def refuse_replaced(
                 "decompress(model) before tables are exchanged"
             )
         _refuse_width(name, head, head.embedding.num_embeddings)
-    output = model.get_output_embeddings()
-    if isinstance(output, nn.Linear):
-        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-        for table in token_tables(model).values():
-            if table.num_embeddings == vocabulary:
-                _refuse_width("get_output_embeddings()", output, table.num_embeddings)
+    output, sizes = model.get_output_embeddings(), {table.num_embeddings for table in token_tables(model).values()}
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if isinstance(output, nn.Linear) and vocabulary in sizes and output.out_features not in sizes:
+        _refuse_width("get_output_embeddings()", output, int(vocabulary))
 
 
 def _refuse_width(name: str, head: nn.Module, tokens: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,9 @@ from .vocabulary import resized_embeddings
 
 TAGS = ("adacomp", "compression")
 """Of compressed models on the Hub."""
+
+SENTENCE_FILE = "config_sentence_transformers.json"
+"""Where it lies, a card is that of the model of sentence-transformers which is being saved."""
 
 PLACE_OF_BERT = "embeddings.word_embeddings"
 
@@ -31,7 +35,7 @@ def set_card_writer(write: Callable[..., object]) -> None:
 def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """`PreTrainedModel.save_pretrained`; a packed model's folder gets a model card, too."""
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
+    if kwargs.get("is_main_process", True) and not (Path(save_directory) / SENTENCE_FILE).exists():
         describe(model, save_directory)
 
 

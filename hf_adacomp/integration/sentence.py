@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,8 +28,6 @@ MODULES = ("sentence_transformers.sentence_transformer.modules", "sentence_trans
 
 PAD = "<|pad|>"
 """Fills up the shorter texts of a batch; no vector of it is used."""
-
-CARD = "README.md"
 
 
 def is_sentence_model(model: Any) -> bool:
@@ -90,12 +87,9 @@ def put_static_embedding(model: Any) -> None:
 
 def save(model: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """`SentenceTransformer.save`; a packed model's own card gets our part."""
-    had_card = (Path(path) / CARD).exists()
     type(model).save(model, path, *args, **kwargs)
     if kwargs.get("create_model_card", True):
         describe(model, path)
-    elif not had_card:
-        (Path(path) / CARD).unlink(missing_ok=True)  # that of the model inside, which would replace one on the Hub
 
 
 METHODS: dict[str, Callable[..., Any]] = {"save": save}

@@ -174,6 +174,8 @@ def test_several_models_in_one_object_are_all_compressed_or_none(encoder, counts
 def test_what_holds_no_model_is_refused():
     with pytest.raises(ValueError, match=r"got Linear.*from_embedding"):
         compress(torch.nn.Linear(2, 2), settings())
+    with pytest.raises(ValueError, match=r"got Sequential.*from_embedding"):
+        compress(torch.nn.Sequential(torch.nn.Embedding(3, 3)), settings())
     assert not is_sentence_model(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     assert static_model(torch.nn.Sequential(torch.nn.Linear(2, 2))) is None
 

@@ -70,11 +70,6 @@ def test_a_compressed_model_is_refused(bert, config):
         install(bert, config)
 
 
-def test_a_plain_module_is_refused_and_pointed_to_from_embedding(config):
-    with pytest.raises(ValueError, match=r"got Sequential.*from_embedding"):
-        install(nn.Sequential(nn.Embedding(3, 3)), config)
-
-
 def test_nothing_changes_where_one_of_two_tables_is_refused(counts):
     model = TIED["marian-split"]()
     with torch.no_grad():

@@ -150,3 +150,42 @@ def test_server_refuses_a_card_with_broken_metadata(hub, run):
     """Its check of cards, which every push above passed, does find something."""
     run("-c", REFUSED)
     assert hub.requests == ["POST /api/validate-yaml"]
+
+
+SENTENCES = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from tokenizers import Tokenizer, models
+import hf_adacomp, hf_adacomp.fitting.warm_start
+hf_adacomp.fitting.warm_start.FIT_ROUNDS = 1
+words = Tokenizer(models.WordLevel({{f"w{{i}}": i for i in range(512)}}, unk_token="w0"))
+static = StaticEmbedding(words, embedding_weights=torch.randn(512, 32))
+model = SentenceTransformer(modules=[static, Normalize()], device="cpu")
+config = hf_adacomp.AdaCompConfig(code_lengths=(4, 32), target_ratio=3, codebook_dtype="int8")
+hf_adacomp.pack(hf_adacomp.compress(model, config, torch.arange(512)))
+model.push_to_hub("user/sentences")
+torch.save(model.encode(["w7"]), "vectors.pt")
+"""
+
+LOAD_SENTENCES = """
+import torch
+import hf_adacomp
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("user/sentences", device="cpu")
+assert abs(model.encode(["w7"]) - torch.load("vectors.pt", weights_only=False)).max() < 1e-6
+model.push_to_hub("user/sentences", exist_ok=True)
+"""
+
+
+def test_sentence_transformers_push_and_load_by_name(hub, run):
+    run("-c", SENTENCES.format(tests=str(TESTS.parent)))
+    card = hub.card("user/sentences")
+    assert {"adacomp", "compression", "sentence-transformers"} <= set(card.data.tags)
+    assert 'SentenceTransformer("user/sentences")' in card.text
+    assert card.text.index("import hf_adacomp") < card.text.index("SentenceTransformer(")
+    mine = hub.files("user/sentences")["README.md"].decode() + "\nMy own words.\n"
+    hub.files("user/sentences")["README.md"] = mine.encode()
+    run("-c", LOAD_SENTENCES)
+    assert "My own words." in hub.card("user/sentences").text

@@ -13,7 +13,7 @@ def test_rows_are_measured_on_small_tables(example, tmp_path, monkeypatch):
     figures = example("speed").main(["--rows", *rows, *options])
     assert figures["head: largest error of a logit over the largest logit"] < 1e-4
     assert all(value > 0 for value in figures.values())
-    assert len(figures) == 12
+    assert len(figures) == 20
     assert json.loads(file.read_text()) == figures
 
 
