@@ -12,7 +12,7 @@ def test_rows_are_measured_on_small_tables(example, tmp_path, monkeypatch):
     options = ["--scale", "0.02", "--repeats", "1", "--threads", "1", "--json_out", str(file)]
     figures = example("speed").main(["--rows", *rows, *options])
     assert figures["head: largest error of a logit over the largest logit"] < 1e-4
-    assert all(value > 0 for value in figures.values())
+    assert all(value > 0 for name, value in figures.items() if "its memory" not in name)  # which noise may exceed
     assert len(figures) == 20
     assert json.loads(file.read_text()) == figures
 
