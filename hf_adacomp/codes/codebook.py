@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import compat
 from ..config import FLOAT_DTYPES, INTEGER_BITS
 from .bits import pack_nibbles, unpack_nibbles
 from .descent import BinaryStep, decide_bits
@@ -85,6 +86,7 @@ class BinaryCodebook(nn.Module):
         self.length, self.dim, self.tied, self.storage = length, dim, tied, storage
         self.integer_bits = INTEGER_BITS.get(storage)
         self.packed = False
+        self._kept: tuple[Any, StoredBook] | None = None
         self.rate = min(1.0, (2 / length) ** 0.5)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5 / self.rate)
@@ -98,8 +100,33 @@ class BinaryCodebook(nn.Module):
     def stored(self) -> StoredBook:
         """The code-book as it will be stored; gradients reach `weight` (`scale` once packed as integers) and `bias`.
 
-        Rounds or unpacks all code vectors: call it once a forward pass.
+        Rounds or unpacks all code vectors: call it once a forward pass. Packed, in eval mode and without gradients the
+        floats are kept, until training begins or a tensor is another.
         """
+        if not self.packed or self.training or torch.is_grad_enabled() or compat.is_traced():
+            self._kept = None
+            return self._decoded()
+        tensors = (self.weight, self.bias, self.scale if self.integer_bits else self.bias)
+        state = [(tensor.data_ptr(), compat.version(tensor), tensor.dtype) for tensor in tensors]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, self._decoded()
+        return self._kept[1]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the float code vectors that are kept now."""
+        return 0 if self._kept is None else self._kept[1].vectors.nbytes
+
+    def train(self, mode: bool = True) -> BinaryCodebook:
+        """As in `nn.Module`; floats that were kept are let go."""
+        self._kept = None
+        super().train(mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # copies and files are without
+
+    def _decoded(self) -> StoredBook:
         if self.packed and self.integer_bits:
             dtype = self.scale.dtype
             whole = self.integer_bits == 8

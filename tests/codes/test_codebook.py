@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -121,3 +124,25 @@ def test_encodes_and_decodes_on_any_device(storage, device):
     module.pack()
     bits = torch.ones(1, 16, device=device)
     assert torch.allclose(decode(module, bits)[0], module.stored().vectors.sum(0) + module.bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["int4", "int8", "float16"])
+def test_packed_floats_are_kept_in_eval_mode_alone(storage, device):
+    module = BinaryCodebook(8, 6, tied=True, storage=storage, device=device)
+    module.pack()
+    module.eval()
+    with torch.no_grad():
+        kept = module.stored()
+        assert module.stored() is kept
+        assert module.kept_bytes == 8 * 6 * kept.vectors.element_size()
+        assert copy.deepcopy(module).kept_bytes == pickle.loads(pickle.dumps(module)).kept_bytes == 0
+        before = kept.vectors.clone()
+        (module.weight if storage == "float16" else module.scale).mul_(2)  # whatever changes is seen
+        assert torch.allclose(module.stored().vectors, 2 * before)
+        assert module.to(torch.float64).stored().vectors.dtype == torch.float64
+    assert module.stored().bias.requires_grad
+    assert module.kept_bytes == 0
+    with torch.no_grad():
+        module.stored()
+    module.train()
+    assert module.kept_bytes == 0
