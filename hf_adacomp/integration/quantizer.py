@@ -99,11 +99,12 @@ class AdaCompHfQuantizer(HfQuantizer):
         heads = compressed_heads(model)
         refuse_replaced(model, embeddings, heads)
         refuse_quantized_in_memory(model)
-        if heads and not config_ties(model):
-            raise ValueError(
-                f"config.tie_word_embeddings is False, but the output head {next(iter(heads))!r} is tied to the "
-                "compressed table: set it to True, or compress with AdaCompConfig(head='dense')"
-            )
+        for name, head in heads.items():
+            if not config_ties(model, head):
+                raise ValueError(
+                    f"config.tie_word_embeddings is False, but the output head {name!r} is tied to the compressed "
+                    "table: set it to True, or compress with AdaCompConfig(head='dense')"
+                )
         for name, embedding in embeddings.items():
             refuse_unfinished(name, embedding)
             check_values(name, embedding)

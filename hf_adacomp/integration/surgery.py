@@ -12,7 +12,7 @@ from ..config import AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from ..nn.sharing import Place, SharedEmbedding
-from .tables import DenseTable, compressed_embeddings, dense_tables, model_parts, untied_heads
+from .tables import DenseTable, compressed_embeddings, dense_tables, holder, model_parts, untied_heads
 
 
 def install(
@@ -72,9 +72,10 @@ def take_out(model: PreTrainedModel) -> None:
                 replace_module(model, module, linear.train(module.training))
         replace_module(model, embedding, dense)
     if untied:
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
-        for head in untied.values():  # its bias may be tied to another name of the same parameter, too
+        for head in untied.values():
+            config = holder(model, head).config
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+            # Its bias may be tied to another name of the same parameter, too.
             if head.bias is not None:
                 head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
     for _, part in model_parts(model):

@@ -100,18 +100,23 @@ def keep_from_broadcasts(model: Any) -> None:
         )
 
 
-def config_ties(model: PreTrainedModel) -> bool:
-    """Whether the model's config asks for an output head that is tied to the table."""
-    return bool(getattr(model.config, "tie_word_embeddings", False))
+def holder(model: PreTrainedModel, module: nn.Module) -> PreTrainedModel:
+    """The innermost model that holds a module of `model`, whose config speaks of it."""
+    return [part for _, part in model_parts(model) if any(module is one for one in part.modules())][-1]
+
+
+def config_ties(model: PreTrainedModel, head: nn.Module) -> bool:
+    """Whether the config asks for this output head to be tied."""
+    return bool(getattr(holder(model, head).config, "tie_word_embeddings", False))
 
 
 def untied_heads(model: nn.Module) -> dict[str, nn.Linear]:
     """Output heads that were tied to a table which has been compressed, and now keep weights of their own."""
-    if not isinstance(model, PreTrainedModel) or not config_ties(model):
+    if not isinstance(model, PreTrainedModel):
         return {}
     shapes = {(table.num_embeddings, table.embedding_dim) for table in compressed_embeddings(model).values()}
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or tuple(head.weight.shape) not in shapes:
+    if not isinstance(head, nn.Linear) or tuple(head.weight.shape) not in shapes or not config_ties(model, head):
         return {}
     return {name: head for name, module in model.named_modules() if module is head}
 

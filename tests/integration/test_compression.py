@@ -6,7 +6,11 @@ from conftest import LENGTHS, VOCABULARY
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
     BertForSequenceClassification,
+    BertLMHeadModel,
+    BertModel,
+    EncoderDecoderModel,
     ViTConfig,
     ViTModel,
 )
@@ -117,3 +121,19 @@ def test_a_compressed_model_can_be_copied(bert, config, counts, ids):
     pack(bert)
     assert twin.get_input_embeddings().phase == "select"
     assert torch.equal(pack(twin)(ids).logits, bert(ids).logits)
+
+
+@pytest.mark.parametrize("head", ["compress", "dense"])
+def test_ties_are_asked_of_the_part_that_holds_the_head(head, tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = BertLMHeadModel(BertConfig(is_decoder=True, add_cross_attention=True, intermediate_size=48, **sizes))
+    model = EncoderDecoderModel(encoder=BertModel(BertConfig(intermediate_size=48, **sizes)), decoder=decoder).eval()
+    ids = torch.randint(4, 100, (2, 7))
+    pack(compress(model, AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8", head=head)))
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    for form in ("packed", "plain"):
+        if form == "plain":
+            decompress(model)
+        model.save_pretrained(tmp_path / form)
+        loaded = EncoderDecoderModel.from_pretrained(tmp_path / form).eval()
+        assert torch.allclose(loaded(input_ids=ids, decoder_input_ids=ids).logits, expected, atol=1e-4)

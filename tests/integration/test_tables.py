@@ -178,8 +178,8 @@ def test_untied_heads_are_those_that_kept_their_own_weights(counts):
 
 
 def test_ties_are_what_the_config_says():
-    assert config_ties(TIED["llama-tied"]())
-    assert not config_ties(UNTIED["llama"]())
+    for model, tied in ((TIED["llama-tied"](), True), (UNTIED["llama"](), False), (TIED["bert"](), True)):
+        assert config_ties(model, model.get_output_embeddings()) == tied
 
 
 def test_objects_that_hold_models_are_looked_into(packed_bert):
