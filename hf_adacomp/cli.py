@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from . import compat
 from .config import HEADS, AdaCompConfig
 from .integration.compression import compress, decompress, pack
+from .integration.methods import SENTENCE_FILE
 from .integration.sentence import is_sentence_model, static_model, tokenizer_of
 from .integration.sizes import size_report
 from .integration.tables import require_compressed, transformers_models
@@ -142,11 +143,14 @@ def _refuse_same(args: argparse.Namespace) -> None:
 
 def _load(name: str) -> Any:
     """The model with the head, or the modules of sentence-transformers, that it was saved with."""
-    if compat.has_file(name, MODULES_FILE):
+    if compat.file_of(name, MODULES_FILE) is not None:
         try:
-            return import_module("sentence_transformers").SentenceTransformer(name, device="cpu")
+            library = import_module("sentence_transformers")
         except ModuleNotFoundError as error:
             raise ValueError(f"{name} is a sentence-transformers model: pip install sentence-transformers") from error
+        settings = compat.file_of(name, SENTENCE_FILE)
+        kind = "SentenceTransformer" if settings is None else json.loads(Path(settings).read_text()).get("model_type")
+        return getattr(library, kind or "SentenceTransformer")(name, device="cpu")
     config = AutoConfig.from_pretrained(name)
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, str(architecture), None)
@@ -159,7 +163,7 @@ def _load(name: str) -> Any:
 def _tokenizer(name: str, model: Any) -> PreTrainedTokenizerBase:
     if is_sentence_model(model):
         return tokenizer_of(model)
-    if not compat.has_file(name, TOKENIZER_FILE):
+    if not compat.file_of(name, TOKENIZER_FILE):
         raise ValueError(f"{name} has no tokenizer ({TOKENIZER_FILE}): save it there with save_pretrained")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     return tokenizer
@@ -167,7 +171,7 @@ def _tokenizer(name: str, model: Any) -> PreTrainedTokenizerBase:
 
 def _save(model: Any, args: argparse.Namespace) -> None:
     model.save_pretrained(str(args.out))
-    if not is_sentence_model(model) and compat.has_file(args.model, TOKENIZER_FILE):
+    if not is_sentence_model(model) and compat.file_of(args.model, TOKENIZER_FILE):
         _tokenizer(args.model, model).save_pretrained(args.out)
 
 

@@ -132,9 +132,10 @@ def resizes_more(model: PreTrainedModel) -> bool:
     return any(getattr(type(model), name) is not getattr(PreTrainedModel, name) for name in names)
 
 
-def has_file(model: str, file: str) -> bool:
-    """Whether a folder or a Hub repository has a file. The public way raises another error for each reason."""
-    return cached_file(model, file, _raise_exceptions_for_missing_entries=False) is not None
+def file_of(model: str, file: str) -> str | None:
+    """Where a file of a folder or a Hub repository lies; None if it has none. The public way raises many errors."""
+    found: str | None = cached_file(model, file, _raise_exceptions_for_missing_entries=False)
+    return found
 
 
 def checkpoint_prefix() -> str:

@@ -101,11 +101,11 @@ def test_upload_files(bert, monkeypatch):
     assert callable(getattr(bert, compat.UPLOAD_FILES))
 
 
-def test_has_file(tmp_path):
+def test_file_of(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert compat.has_file(str(tmp_path), "config.json")
-    assert not compat.has_file(str(tmp_path), "tokenizer.json")
-    assert not compat.has_file("nobody/nothing-at-all", "config.json")
+    assert compat.file_of(str(tmp_path), "config.json") == str(tmp_path / "config.json")
+    assert compat.file_of(str(tmp_path), "tokenizer.json") is None
+    assert compat.file_of("nobody/nothing-at-all", "config.json") is None
 
 
 def test_checkpoint_prefix(bert, tmp_path):

@@ -9,11 +9,17 @@ import pytest
 import torch
 from conftest import VOCABULARY, child_environment
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from safetensors.torch import load_file
+from sentence_transformers import (
+    CrossEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 import hf_adacomp
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, decompress, pack, size_report, token_table
@@ -213,3 +219,18 @@ def test_static_model_ignores_what_is_masked(tmp_path):
     assert torch.equal(static(ids, mask).last_hidden_state[0, 0], static.embed_tokens.weight[1])
     static.save_pretrained(tmp_path)
     assert Path(tmp_path / "config.json").read_text().count("adacomp-static") == 1
+
+
+def test_the_command_line_keeps_the_kind_of_model(tmp_path, encoder):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=1, **sizes)).save_pretrained(
+        tmp_path / "b"
+    )
+    encoder.tokenizer.save_pretrained(tmp_path / "b")
+    CrossEncoder(str(tmp_path / "b"), device="cpu").save_pretrained(str(tmp_path / "dense"))
+    options = ["--ratio", "3", "--code-lengths", "4", "32"]
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "packed"), *options]) == 0
+    loaded = CrossEncoder(str(tmp_path / "packed"), device="cpu")
+    assert [inner.get_input_embeddings().phase for inner in transformers_models(loaded)] == ["packed"]
+    assert np.isfinite(loaded.predict([("w1", "w2")])).all()
+    assert "classifier.weight" in load_file(tmp_path / "packed" / "model.safetensors")
