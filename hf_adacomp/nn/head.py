@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import compat
 from ..codes.bits import unpack_rows, whole_bytes
 from ..codes.codebook import StoredBook
+from ..codes.packed import PackedCodes
 from .decoding import Decoder, SourceVectors
 from .embedding import AdaptiveCompressedEmbedding
 from .sharing import Borrower, Place
@@ -64,7 +65,8 @@ class CompressedHead(Borrower):
         return self._many(decoder, hidden) if self.training else self._scored(decoder, hidden)
 
     def _scored(self, decoder: Decoder, hidden: Tensor) -> Tensor:
-        if hidden.shape[:-1].numel() >= self.in_features:
+        # An exported graph serves any number of positions.
+        if not torch.compiler.is_exporting() and hidden.shape[:-1].numel() >= self.in_features:
             return self._many(decoder, hidden)
         with torch.autocast(hidden.device.type, enabled=False):  # sums in half precision would lose bits
             return self._few(decoder, hidden)
@@ -93,7 +95,10 @@ class CompressedHead(Borrower):
             if tokens
         ]
         by_group = torch.cat(by_length)
-        logits = torch.zeros_like(by_group).index_copy(0, codes.order(), by_group)
+        if compat.is_traced() and isinstance(codes, PackedCodes):
+            logits = by_group.index_select(0, codes.places())
+        else:
+            logits = torch.zeros_like(by_group).index_copy(0, codes.order(), by_group)
         if decoder.zero_token is not None:
             logits[decoder.zero_token] = 0
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)

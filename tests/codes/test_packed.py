@@ -148,6 +148,7 @@ def test_a_file_holds_lengths_and_codes_and_no_ranks():
 def test_order_is_that_of_the_codes_and_follows_them(device):
     module = small().to(device)
     assert module.order().tolist() == [0, 4, 1, 3, 2]
+    assert module.places()[module.order()].tolist() == [0, 1, 2, 3, 4]
     module.length_indices.copy_(pack_assignment(torch.tensor([1, 0, 0, 2, 1], device=device), 3))
     module.index()
     assert module.order().tolist() == [1, 2, 0, 4, 3]

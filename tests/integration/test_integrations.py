@@ -16,7 +16,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer import losses
 from tokenizers import Tokenizer, models
-from transformers import BertModel, PreTrainedTokenizerFast
+from transformers import BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, AdaptiveCompressedEmbedding, compress, pack
 
@@ -196,13 +196,20 @@ def test_traces_for_any_shape(counts, ids):
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")  # of PyTorch about itself
-def test_exports_to_onnx_without_code_of_ours(counts, ids, tmp_path):
-    model = pack(compress(BertModel(tiny_bert_config()).eval(), AdaCompConfig((4, 7, 32), target_ratio=3), counts))
+@pytest.mark.parametrize("lengths", [(4, 8, 32), (5, 11, 32)])
+@pytest.mark.parametrize("model_class", [BertModel, BertForMaskedLM])
+def test_exports_to_onnx_without_code_of_ours(model_class, lengths, counts, ids, tmp_path):
+    model = pack(
+        compress(model_class(tiny_bert_config()).eval(), AdaCompConfig(lengths, target_ratio=3), counts)
+    ).eval()
+    axes = {"input_ids": {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}}
+    inputs = {"input_ids": ids}
     file = tmp_path / "model.onnx"
-    torch.onnx.export(model.eval(), (), kwargs={"input_ids": ids}, f=file, dynamo=True, verbose=False)
+    torch.onnx.export(model, (), kwargs=inputs, dynamic_shapes=axes, f=file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file)
-    found = session.run(None, {session.get_inputs()[0].name: ids.numpy()})[0]
-    assert close(torch.from_numpy(found), model(ids).last_hidden_state.detach(), 1e-5)
+    for texts in (ids, ids[:1, :3], torch.randint(0, VOCABULARY, (5, 11))):
+        found = session.run(None, {session.get_inputs()[0].name: texts.numpy()})[0]
+        assert close(torch.from_numpy(found), model(texts)[0].detach(), 1e-5)
 
 
 def test_compresses_and_packs_in_inference_mode(counts, ids):
