@@ -96,7 +96,7 @@ class PackedCodes(KeptDtype):
         return self._order.to(torch.int64)
 
     def places(self) -> Tensor:
-        """Where every token's code is in the order of `codes`, int64 (V,); without a sort, which exporters do not know."""
+        """Where every token's code is in the order of `codes`, int64 (V,); no sort, which exporters do not know."""
         lengths, inside = self.locate(torch.arange(self.num_tokens, device=self.codes.device))
         starts = [sum(self.tokens_per_length[:k]) for k in range(len(self.ladder))]
         return torch.tensor(starts, device=inside.device)[lengths.to(torch.int64)] + inside
