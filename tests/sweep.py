@@ -28,7 +28,7 @@ from hf_adacomp import AdaCompConfig, compress, decompress, pack, size_report
 from hf_adacomp.integration.tables import compressed_embeddings
 
 VOCABULARY = 384
-MOST_PARAMETERS = 4_000_000
+MOST_PARAMETERS = 8_000_000
 KINDS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -80,13 +80,22 @@ VARIANTS: tuple[dict[str, int | None], ...] = (
 )
 """Other small numbers, which are tried in turn; None keeps the default."""
 
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
-    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3], **MAMBA},
+    "granitemoehybrid": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "attention"] * 2, **MAMBA},
+    "gemma3n_text": {
+        "num_hidden_layers": 5,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 5,
+    },
+    "ernie4_5_moe": {"moe_k": 2, "moe_num_experts": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "mobilebert": {
         "hidden_size": 64,
