@@ -201,6 +201,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
+def state_of(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """What differs as soon as one of the tensors is another, lies elsewhere or was changed in place."""
+    return [(id(tensor), tensor.data_ptr(), tensor.dtype, version(tensor)) for tensor in tensors]
+
+
 def is_traced() -> bool:
     """Whether code runs to become a graph, whose shapes must not depend on values: compiled, exported or traced."""
     return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]

@@ -257,3 +257,15 @@ def test_check_on_device_raises_what_the_processor_raises(compiled):
 def test_version_of_what_autograd_does_not_count():
     with torch.inference_mode():
         assert compat.version(torch.zeros(2)) == 0
+
+
+def test_state_of_tensors_tells_every_change():
+    tensor = torch.zeros(2)
+    before = compat.state_of([tensor])
+    assert compat.state_of([tensor]) == before
+    assert compat.state_of([tensor.clone()]) != before
+    tensor.data = torch.zeros(2)
+    moved = compat.state_of([tensor])
+    assert moved != before
+    tensor.add_(1)
+    assert compat.state_of([tensor]) != moved

@@ -106,9 +106,8 @@ def pack_nibbles(integers: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor, dim: int, dtype: torch.dtype = torch.int8) -> Tensor:
     """Undo `pack_nibbles`: uint8 (L, ceil(d / 2)) -> (L, d) of `dtype`."""
-    high = (
-        shifted(packed.to(torch.int32), 4, 15).to(torch.uint8) if compat.is_traced() else packed >> 4
-    )  # twice as fast
+    # The shift of bytes is twice as fast.
+    high = shifted(packed.to(torch.int32), 4, 15).to(torch.uint8) if compat.is_traced() else packed >> 4
     halves = torch.cat([packed & 15, high], dim=1)
     return halves.to(dtype).sub_(8)[:, :dim]
 

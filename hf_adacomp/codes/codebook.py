@@ -106,8 +106,7 @@ class BinaryCodebook(nn.Module):
         if not self.packed or self.training or torch.is_grad_enabled() or compat.is_traced():
             self._kept = None
             return self._decoded()
-        tensors = (self.weight, self.bias, self.scale if self.integer_bits else self.bias)
-        state = [(tensor.data_ptr(), compat.version(tensor), tensor.dtype) for tensor in tensors]
+        state = compat.state_of((self.weight, self.bias, self.scale if self.integer_bits else self.bias))
         if self._kept is None or self._kept[0] != state:
             self._kept = state, self._decoded()
         return self._kept[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,13 @@ def get_submodule(model: PreTrainedModel, target: str) -> nn.Module:
 
     What it looks for next is a parameter with as many rows as tokens, which a compressed model has not.
     """
-    if target == PLACE_OF_BERT and target not in dict(model.named_modules()):
+    try:
+        return type(model).get_submodule(model, target)
+    except AttributeError:
+        if target != PLACE_OF_BERT:
+            raise
         embeddings: nn.Module = model.get_input_embeddings()
         return embeddings
-    return type(model).get_submodule(model, target)
 
 
 def upload_files(
@@ -67,10 +70,15 @@ def upload_files(
     return compat.upload_files(model, working_dir, repo_id, *args, **kwargs)
 
 
+def bind(model: Any, methods: Mapping[str, Callable[..., Any]]) -> None:
+    """Put methods before those of the model's class."""
+    # A partial object is copied and pickled along with the model that it holds.
+    model.__dict__.update({name: partial(function, model) for name, function in methods.items()})
+
+
 def give_methods(model: PreTrainedModel) -> None:
     """Put our methods before those of the model's class, and our tags on the model."""
-    # A partial object is copied and pickled along with the model that it holds.
-    model.__dict__.update({name: partial(function, model) for name, function in METHODS.items()})
+    bind(model, METHODS)
     model.add_model_tags([*TAGS])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .methods import describe
+from .methods import bind, describe
 from .static import StaticConfig, StaticModel
 from .tables import transformers_models
 
@@ -98,7 +97,7 @@ METHODS: dict[str, Callable[..., Any]] = {"save": save}
 def give_methods(model: Any) -> None:
     """Put our methods before those of the class of a sentence model."""
     if is_sentence_model(model):
-        model.__dict__.update({name: partial(function, model) for name, function in METHODS.items()})
+        bind(model, METHODS)
 
 
 def take_methods(model: Any) -> None:

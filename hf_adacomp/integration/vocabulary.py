@@ -13,6 +13,7 @@ from .. import compat
 from ..codes.codebook import BinaryCodebook
 from ..codes.descent import nearest_bits
 from ..nn.embedding import AdaptiveCompressedEmbedding
+from ..nn.head import CompressedHead
 from .tables import compressed_heads, compressed_model, model_parts, require_compressed, token_tables
 
 Model = TypeVar("Model", bound=Any)
@@ -151,15 +152,17 @@ def _resize(
     before, total = tables[0].num_embeddings, len(kept) + len(new_codes[0])
     for embedding, codes in zip(tables, new_codes, strict=True):
         embedding.resize(kept, codes)
-    heads = {name: head for name, head in compressed_heads(model).items() if head.embedding in tables}
-    for head in heads.values():
-        head.out_features = total
-        _resize_parameters(model, head, kept, total)
+    heads: list[CompressedHead | nn.Linear] = [
+        head for head in compressed_heads(model).values() if head.embedding in tables
+    ]
     output = model.get_output_embeddings()
     if isinstance(output, nn.Linear):  # with weights of its own
-        output.out_features = total
-        _resize_parameters(model, output, kept, total)
-    if output is not None and (isinstance(output, nn.Linear) or output in heads.values()):
+        heads.append(output)
+    for head in heads:
+        head.out_features = total
+        for parameter in [*head.parameters()]:
+            _replace(model, parameter, kept, total)
+    if output in heads:
         model.set_output_embeddings(output)  # models have further places for its bias
     logits_bias: Tensor | None = getattr(model, LOGITS_BIAS, None)
     if logits_bias is not None:
@@ -175,11 +178,6 @@ def _resize(
     configs = (model.config, text_config, getattr(model, "generation_config", None))
     for config in {id(config): config for config in configs if config is not None}.values():
         _renumber(config, places)
-
-
-def _resize_parameters(model: nn.Module, head: nn.Module, kept: Tensor, total: int) -> None:
-    for parameter in [*head.parameters()]:
-        _replace(model, parameter, kept, total)
 
 
 def _renumber(config: Any, places: Mapping[int, int | None]) -> None:

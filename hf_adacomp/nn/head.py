@@ -88,9 +88,9 @@ class CompressedHead(Borrower):
 
     def _few(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
-        codes = decoder.codes
+        codes, byte_bits = decoder.codes, decoder.codes.byte_bits
         by_length = [
-            self._sums(book, codes.group(k), tokens, rows, codes.byte_bits)
+            self._sums(book, codes.group(k), tokens, rows, byte_bits)
             for k, (book, tokens) in enumerate(zip(decoder.books, codes.tokens_per_length, strict=True))
             if tokens
         ]

@@ -147,8 +147,7 @@ class ReadableTable(WeightFromCodes):
         return decoder.gradients(gradient, [*self.parameters()])
 
     def _state_now(self) -> tuple[Any, ...]:
-        tensors = chain(self.parameters(), self.buffers())
-        return self.training, *((id(tensor), tensor.data_ptr(), compat.version(tensor)) for tensor in tensors)
+        return self.training, compat.state_of(chain(self.parameters(), self.buffers()))
 
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding | nn.EmbeddingBag:
