@@ -13,7 +13,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "adacomp"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the file format that this release reads and writes."""
 
 AUTO = "auto"

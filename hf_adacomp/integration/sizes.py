@@ -83,7 +83,7 @@ def size_report(model: Any, settled: bool = False) -> SizeReport:
                 dense_bytes=embedding.num_embeddings * embedding.embedding_dim * 4,
                 codes_bytes=sum(group_bytes(list(tokens.values()), list(tokens))),
                 lengths_bytes=packed_bytes(embedding.num_embeddings * index_bits(len(tokens))),
-                codebook_bytes=sum(book.stored_bytes() for book in embedding.books),
+                codebook_bytes=embedding.codebook.stored_bytes(),
                 tokens_per_length=tokens,
             )
         )

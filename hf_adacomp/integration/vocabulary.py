@@ -207,8 +207,8 @@ def _resized(rows: Tensor, kept: Tensor, total: int) -> Tensor:
 
 
 def _codes_for(embedding: AdaptiveCompressedEmbedding, num_tokens: int, vectors: Tensor | None) -> Tensor:
-    """Codes of new tokens with these vectors, as the embedding returns them, or vectors near the mean: (N, L)."""
-    book = embedding.books[-1]
+    """Centred bits of new tokens with these vectors, as the embedding returns them, or vectors near the mean: (N, L)."""
+    book = embedding.codebook
     if vectors is None:
         vectors = _mean_vector(embedding).expand(num_tokens, -1)
     elif vectors.shape != (num_tokens, embedding.embedding_dim) or not vectors.isfinite().all():
@@ -224,7 +224,7 @@ def _codes_for(embedding: AdaptiveCompressedEmbedding, num_tokens: int, vectors:
 @torch.no_grad()
 def _mean_vector(embedding: AdaptiveCompressedEmbedding) -> Tensor:
     """The mean of all vectors, before the embedding's scale, float32 (1, d)."""
-    book = embedding.books[-1]
+    book = embedding.codebook
     blocks = torch.arange(embedding.num_embeddings, device=book.bias.device).split(book.block)
     decoder = embedding.hard_decoder()
     total = torch.stack([decoder.vectors(block).float().sum(dim=0) for block in blocks]).sum(dim=0)
@@ -233,9 +233,9 @@ def _mean_vector(embedding: AdaptiveCompressedEmbedding) -> Tensor:
 
 @torch.no_grad()
 def nearest_codes(book: BinaryCodebook, targets: Tensor, seed: int) -> Tensor:
-    """Codes whose vectors are close to targets, (N, d), each from a random start, (N, L) uint8."""
+    """Codes whose vectors are close to targets, (N, d), each from a random start: centred bits (N, L)."""
     generator = torch.Generator().manual_seed(seed)
     stored = book.stored()
     vectors, bias = stored.vectors.float(), stored.bias.float()
-    start = torch.randint(0, 2, (len(targets), book.length), generator=generator).to(vectors)
-    return nearest_bits(targets.to(vectors), vectors, bias, start=start).to(torch.uint8)
+    start = torch.randint(0, 2, (len(targets), book.length), generator=generator).to(vectors) - 0.5
+    return nearest_bits(targets.to(vectors), vectors, bias, start=start)

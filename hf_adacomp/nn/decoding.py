@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from .learned_codes import LearnedCodes
 from .training_state import TrainingState
 
 OUT_OF_RANGE = "token id out of range"
+BLOCK = 512
+"""Tokens whose codes are read at once: sorted by length, so that few bits are read in vain."""
 
 
 @dataclass
 class Decoder:
-    """From tokens to vectors, for one forward pass: code-books are rounded or unpacked once for all it decodes.
+    """From tokens to vectors, for one forward pass: the code-book is rounded or unpacked once for all it decodes.
 
     Args:
-        books: The code-books as they are stored, one a code length, increasing.
+        book: The code-book as it is stored.
         codes: Where bits come from.
         num_tokens: V.
         padding: The padding token, whose look-ups have no gradient; or None.
@@ -32,7 +34,7 @@ class Decoder:
         shares: While lengths are learned: shares of the code lengths in each token's vector, (N,) -> (N, n).
     """
 
-    books: Sequence[StoredBook]
+    book: StoredBook
     codes: PackedCodes | LearnedCodes
     num_tokens: int
     padding: int | None
@@ -49,21 +51,11 @@ class Decoder:
                 f"{self.num_tokens} rows"
             )
         tokens, place = distinct(ids, self.num_tokens)
-        if self.shares is None:  # what is gathered next needs no order of its own
-            order, vectors = self._by_length(tokens)
-            tokens, place = tokens[order], inverse(order)[place]
-        else:
-            vectors = self._mixture(self.shares(tokens), tokens)
-        return F.embedding(place, self._held(tokens, self._zeroed(tokens, vectors)))
+        return F.embedding(place, self._held(tokens, self.vectors(tokens)))
 
-    @torch.no_grad()
     def table(self) -> Tensor:
         """All vectors, (V, d), without gradients."""
-        bias = self.books[0].bias
-        table = bias.new_empty(self.num_tokens, len(bias))
-        for block in self._blocks():  # in place: one copy of the table, not two
-            table[block] = self.vectors(block)
-        return table
+        return self.vectors(torch.arange(self.num_tokens, device=self.book.bias.device))
 
     @torch.enable_grad()
     def gradients(self, gradient: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -84,39 +76,29 @@ class Decoder:
         return totals
 
     def _blocks(self) -> tuple[Tensor, ...]:
-        bias = self.books[0].bias
+        bias = self.book.bias
         tokens = torch.arange(self.num_tokens, device=bias.device)
-        blocks: tuple[Tensor, ...] = tokens.split(max(1, BITS_PER_BLOCK // len(bias)))
+        blocks: tuple[Tensor, ...] = tokens.split(max(1, BITS_PER_BLOCK // max(len(bias), len(self.book.vectors))))
         return blocks
 
     def vectors(self, tokens: Tensor) -> Tensor:
         """Vectors of distinct tokens, (N,) -> (N, d)."""
-        if self.shares is None:
-            order, vectors = self._by_length(tokens)
-            vectors = vectors.index_select(0, inverse(order))
+        if self.shares is not None:
+            vectors = self.book.decode(cast(LearnedCodes, self.codes).mixed(self.shares(tokens), tokens))
         else:
-            vectors = self._mixture(self.shares(tokens), tokens)
+            vectors = self._by_length(tokens)
         return self._zeroed(tokens, vectors)
 
-    def _mixture(self, shares: Tensor, tokens: Tensor) -> Tensor:
-        decoded = torch.stack([book.decode(self.codes.bits(k, tokens)) for k, book in enumerate(self.books)], dim=1)
-        return (shares[:, :, None] * decoded).sum(dim=1).to(decoded.dtype)
-
-    def _by_length(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The order of tokens by code length, (N,) int64, and their vectors in that order, (N, d)."""
+    def _by_length(self, tokens: Tensor) -> Tensor:
         lengths, places = self.codes.locate(tokens)
-        order = lengths.argsort(stable=True)
-        sizes = lengths.bincount(minlength=len(self.books)).tolist()
-        groups = [(k, own) for k, own in enumerate(places[order].split(sizes)) if len(own)]
-        if torch.is_grad_enabled() or not groups:
-            decoded = [self.books[k].decode(self.codes.bits(k, own)) for k, own in groups or [(0, places)]]
-            return order, torch.cat(decoded)
-        bias = self.books[groups[0][0]].bias
-        vectors, start = bias.new_empty(len(tokens), len(bias)), 0
-        for k, own in groups:  # in place, as a table of many rows is as slow to copy as to decode
-            self.books[k].decode(self.codes.bits(k, own), out=vectors[start : start + len(own)])
-            start += len(own)
-        return order, vectors
+        if len(tokens) <= BLOCK or torch.is_grad_enabled():
+            longest = self.codes.ladder[int(lengths.max()) if len(tokens) else 0]
+            return self.book.decode(self.codes.centred(lengths, places, longest))
+        vectors = self.book.bias.new_empty(len(tokens), len(self.book.bias))
+        for block in lengths.argsort(stable=True).split(BLOCK):
+            longest = self.codes.ladder[int(lengths[block[-1]])]
+            vectors[block] = self.book.decode(self.codes.centred(lengths[block], places[block], longest))
+        return vectors
 
     def _held(self, tokens: Tensor, vectors: Tensor) -> Tensor:
         if self.padding is None or not vectors.requires_grad:
@@ -157,10 +139,7 @@ class SourceVectors:
 
 
 class StaticDecoder(Decoder):
-    """For compiled and exported graphs, whose shapes must not depend on values: every id is looked up in all groups.
-
-    Packed tables only.
-    """
+    """For compiled and exported graphs, whose shapes must not depend on values. Packed tables only."""
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Vectors of ids, int64 of any shape -> (..., d)."""
@@ -168,21 +147,8 @@ class StaticDecoder(Decoder):
         tokens = ids.flatten()
         return self._held(tokens, self.vectors(tokens)).view(*ids.shape, -1)
 
-    def table(self) -> Tensor:
-        """All vectors, (V, d)."""
-        return self.vectors(torch.arange(self.num_tokens, device=self.books[0].bias.device))
-
-    def vectors(self, tokens: Tensor) -> Tensor:
-        """Vectors of tokens, (N,) -> (N, d)."""
-        lengths, places = self.codes.locate(tokens)
-        bias = self.books[0].bias
-        shape = (tokens.shape[0], bias.shape[0])  # len(tokens) would be fixed in an exported graph
-        vectors = torch.zeros(shape, dtype=bias.dtype, device=bias.device)
-        for k, book in enumerate(self.books):
-            if self.codes.tokens_per_length[k]:
-                own = lengths == k
-                vectors = book.decode(self.codes.bits(k, places.where(own, 0))).where(own[:, None], vectors)
-        return self._zeroed(tokens, vectors)
+    def _by_length(self, tokens: Tensor) -> Tensor:
+        return self.book.decode(self.codes.centred(*self.codes.locate(tokens), self.codes.ladder[-1]))
 
 
 class TakePart(torch.autograd.Function):
@@ -207,11 +173,6 @@ def with_all(vectors: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         return vectors
     result: Tensor = TakePart.apply(vectors, *(p for p in parameters if p.requires_grad))  # type: ignore[no-untyped-call]
     return result
-
-
-def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`, (N,) int64."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def distinct(ids: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
 
         observe  the source vectors: which tokens count, and which directions of their vectors, is observed
         select   lengths are learned: e_w = sum_k p_{w,k} xhat_{w,k}, p_w a Gumbel-softmax sample
-        encode   lengths are frozen:  e_w = xhat_{w,k*}; codes and code-books go on learning
+        encode   lengths are frozen:  e_w = xhat_{w,k*}; codes and code vectors go on learning
         packed   bits are stored; encoders, selector and source table are gone
 
     In eval mode the module computes, in every phase, what it would compute if it were packed at that moment: hard
@@ -47,7 +47,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: If the code-books alone exceed `config.target_ratio`; the message gives the largest that fits.
+        ValueError: If the code-book alone exceeds `config.target_ratio`; the message gives the largest that fits.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def step(self, fraction: float, show_progress: bool = True) -> None:
         """Tell the module how far training is, between `backward()` and `optimizer.step()`; in all processes together.
 
-        Collects what was observed, fits the code-books when that ends, sets temperature and price, freezes the lengths
+        Collects what was observed, fits the code-book when that ends, sets temperature and price, freezes the lengths
         at `config.select_fraction`, and adds the gradients of the regularisers. Once packed it does nothing. Gradients
         that are NaN or Inf, as the loss was, are dropped with a warning. With a `GradScaler`, call `unscale_` first:
         the regularisers' gradients have the size of unscaled ones.
@@ -136,7 +136,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if not state.driven:
             take_from_first(self._tensors())
         self._leave_out_broken_gradients(fraction, state)
-        self.movement.check(self.codebooks.parameters())
+        self.movement.check(self.codebook.parameters())
         before = state.phase
         if before != "encode":
             state.recount()
@@ -150,15 +150,15 @@ class AdaptiveCompressedEmbedding(CodedTable):
         else:
             if state.phase == "encode":
                 state.selector.zero_grad()
-            loss = regularizer(self.config, self.books, state, self.hard_decoder().vectors)
-            add_gradients(loss, self.codebooks.parameters())
+            loss = regularizer(self.config, self.codebook, state, self.hard_decoder().vectors)
+            add_gradients(loss, self.codebook.parameters())
         if before != state.phase == "encode":
             self.check_ranks()
 
     def check_ranks(self) -> None:
         """Raise ValueError if the processes of a training have come to different lengths or code-books."""
         state = self.require_training("check_ranks")
-        tensors = {"lengths": state.assignment, **dict(self.codebooks.named_parameters(prefix="codebooks"))}
+        tensors = {"lengths": state.assignment, **dict(self.codebook.named_parameters(prefix="codebook"))}
         check_agreement({name: checksum(tensor) for name, tensor in tensors.items()}, state.assignment.device)
 
     def _tensors(self) -> list[Tensor]:
@@ -191,7 +191,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
             return
         self.freeze_lengths()
         decoder = self.hard_decoder()
-        codes = torch.cat([decoder.codes.group(k) for k in range(len(self.books))])
+        codes = torch.cat([decoder.codes.group(k) for k in range(len(self.config.ladder))])
         self.become_packed(PackedCodes.of(decoder.codes.assignment(), self.config.ladder, codes))
 
     # What is computed

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
-from ..codes.bits import unpack_rows, whole_bytes
-from ..codes.codebook import StoredBook
+from ..codes.bits import centred_bits, whole_bytes
 from ..codes.packed import PackedCodes
 from .decoding import Decoder, SourceVectors
 from .embedding import AdaptiveCompressedEmbedding
@@ -25,9 +24,9 @@ KEPT_BITS = 1 << 26
 class CompressedHead(Borrower):
     """An output head that is tied to a compressed table: logits from the same codes and code-books.
 
-        logit_w = h . xhat_w = sum over the set bits i of w of (C_k h)_i + c_k . h        for w of code length k
+        logit_w = h . xhat_w = sum_{i < L_w} s_i (C h)_i + c . h        for the centred bits s of w
 
-    For a few positions, as in generation, `C_k h` is computed once for each, and its sums over all values of a byte of
+    For a few positions, as in generation, `C h` is computed once for each, and its sums over all values of a byte of
     a code are looked up byte by byte (asymmetric distance computation; Jegou, Douze, Schmid 2011). From d positions
     on it is cheaper to decode the vectors of a block of tokens for all of them. The dense table is never made: codes
     are unpacked in blocks of `BITS_PER_BLOCK` bits, 16 MB as float32, which together with one reordered copy of the
@@ -88,10 +87,15 @@ class CompressedHead(Borrower):
 
     def _few(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
-        codes, byte_bits = decoder.codes, decoder.codes.byte_bits
+        codes, book = decoder.codes, decoder.book
+        scores = F.linear(book.vectors.float(), rows)
+        bias = F.linear(book.bias.float()[None], rows)
+        # Scores of all values of each byte of a code, one table a byte.
+        whole = len(scores) // 8
+        tables = (codes.octets @ scores[: 8 * whole].view(whole, 8, -1)).view(256 * whole, -1)
         by_length = [
-            self._sums(book, codes.group(k), tokens, rows, byte_bits)
-            for k, (book, tokens) in enumerate(zip(decoder.books, codes.tokens_per_length, strict=True))
+            self._sums(codes.group(k), tokens, length, scores, tables) + bias
+            for k, (length, tokens) in enumerate(zip(codes.ladder, codes.tokens_per_length, strict=True))
             if tokens
         ]
         by_group = torch.cat(by_length)
@@ -103,20 +107,14 @@ class CompressedHead(Borrower):
             logits[decoder.zero_token] = 0
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
 
-    def _sums(self, book: StoredBook, codes: Tensor, tokens: int, rows: Tensor, byte_bits: Tensor) -> Tensor:
-        """Logits of a group of codes, (N, d) -> (tokens, N)."""
-        scores = F.linear(book.vectors.float(), rows)
-        bias = F.linear(book.bias.float()[None], rows)
-        length = len(book.vectors)
+    def _sums(self, codes: Tensor, tokens: int, length: int, scores: Tensor, tables: Tensor) -> Tensor:
+        """Logits of a group of codes but for the bias, (tokens, N), from scores of bits (L, N) and of bytes."""
         step = max(1, BITS_PER_BLOCK // length)
         if length % 8:
-            blocks = torch.arange(tokens, device=rows.device).split(step)
-            sums = [unpack_rows(codes, block, length, byte_bits) @ scores + bias for block in blocks]
-        else:  # scores of all values of each byte of a code, one table a byte
-            octets = length // 8
-            tables = (byte_bits @ scores.view(octets, 8, -1)).view(256 * octets, -1)
-            tables = torch.cat([tables[:256] + bias, tables[256:]])
-            first = torch.arange(octets, device=rows.device, dtype=torch.int32) * 256
+            blocks = torch.arange(0, tokens * length, length, device=scores.device).split(step)
+            sums = [centred_bits(codes, block, length, None) @ scores[:length] for block in blocks]
+        else:
+            first = torch.arange(length // 8, device=scores.device, dtype=torch.int32) * 256
             blocks = whole_bytes(codes, length).split(step)
             sums = [F.embedding_bag(block + first, tables, mode="sum") for block in blocks]
         return torch.cat(sums)

@@ -1,60 +1,40 @@
-"""The codes of a table in training, as its encoders decide them at each moment."""
+"""The codes of a table in training, as its encoder decides them at each moment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..codes.bits import byte_bits, pack_bits
+from ..codes.bits import centred_bytes, pack_bits
 from ..codes.codebook import BinaryCodebook, Encoder, StoredBook
 from .training_state import TrainingState
 
-T = TypeVar("T")
-
-
-class OnDemand(Sequence[T]):
-    """Things that cost to make, each made when it is first asked for: most batches meet few of many code lengths.
-
-    Args:
-        make: The i-th thing.
-        size: How many there are.
-    """
-
-    def __init__(self, make: Callable[[int], T], size: int) -> None:
-        self._make, self._made = make, cast(list[T | None], [None] * size)
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-    def __getitem__(self, i: Any) -> Any:
-        if self._made[i] is None:
-            self._made[i] = self._make(i)
-        return self._made[i]
-
 
 class LearnedCodes:
-    """The codes that encoders decide at this moment, to be asked as `PackedCodes` are.
+    """The codes that the encoder decides at this moment, to be asked as `PackedCodes` are.
 
     Args:
         state: Of the training; it has the source vectors and each token's length index.
-        codebooks: One a code length, increasing.
-        stored: The same, as they are stored.
+        codebook: Whose encoder decides.
+        stored: The same, as it is stored.
     """
 
-    def __init__(self, state: TrainingState, codebooks: Sequence[BinaryCodebook], stored: Sequence[StoredBook]) -> None:
-        self.state = state
-        self.blocks = [book.block for book in codebooks]
-        self.encoders: Sequence[Encoder] = OnDemand(
-            lambda k: codebooks[k].encoder(stored[k], state.metric), len(codebooks)
-        )
+    def __init__(self, state: TrainingState, codebook: BinaryCodebook, stored: StoredBook) -> None:
+        self.state, self.codebook, self.stored = state, codebook, stored
+        self.ladder = state.config.ladder
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Made when it is first asked for."""
+        return self.codebook.encoder(self.stored, self.state.metric)
 
     @property
-    def byte_bits(self) -> Tensor:
+    def octets(self) -> Tensor:
         """As of `PackedCodes`."""
-        return byte_bits(self.state.assignment.device)
+        return centred_bytes(self.state.assignment.device)
 
     def assignment(self) -> Tensor:
         """Length index of every token, uint8 (V,)."""
@@ -67,18 +47,28 @@ class LearnedCodes:
     @property
     def tokens_per_length(self) -> list[int]:
         """How many tokens have each code length."""
-        tokens: list[int] = self.assignment().bincount(minlength=len(self.encoders)).tolist()
+        tokens: list[int] = self.assignment().bincount(minlength=len(self.ladder)).tolist()
         return tokens
 
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Length index, uint8 (N,), and place for `bits`, which is the token itself, int64 (N,)."""
+        """Length index, uint8 (N,), and place for `centred`, which is the token itself, int64 (N,)."""
         return self.assignment()[tokens], tokens
 
-    def bits(self, k: int, tokens: Tensor) -> Tensor:
-        """Bits of tokens in codes of the k-th length, int64 (N,) -> 0/1 (N, L_k), with straight-through gradients."""
-        return self.encoders[k].encode(self.state.source[tokens])
+    def centred(self, lengths: Tensor, tokens: Tensor, longest: int) -> Tensor:
+        """Centred bits of tokens in codes of these lengths, (N,), (N,) -> (N, longest), with straight-through gradients."""
+        ladder = torch.tensor(self.ladder, device=lengths.device)
+        return self.encoder.encode_each(self.state.source[tokens], ladder[lengths.to(torch.int64)], longest)
+
+    def mixed(self, shares: Tensor, tokens: Tensor) -> Tensor:
+        """Centred bits of tokens by the shares of all lengths in each, (N, n), (N,) -> (N, L)."""
+        source, longest = self.state.source[tokens], self.ladder[-1]
+        bits = source.new_zeros(len(tokens), longest)
+        for length, share in zip(self.ladder, shares.to(source.dtype).unbind(1), strict=True):
+            bits = bits + F.pad(share[:, None] * self.encoder.encode(source, length), (0, longest - length))
+        return bits
 
     def group(self, k: int) -> Tensor:
         """The codes of the k-th length in the format of `hf_adacomp.codes.bits`, uint8 (bytes,)."""
         members = (self.assignment() == k).nonzero().squeeze(1)
-        return torch.cat([pack_bits(self.bits(k, tokens)) for tokens in members.split(self.blocks[k])])
+        blocks = self.state.source[members].split(self.codebook.block)
+        return torch.cat([pack_bits(self.encoder.encode(rows, self.ladder[k]) > 0) for rows in blocks])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -76,7 +76,7 @@ class ReadableTable(WeightFromCodes):
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
-    codebooks: nn.ModuleList
+    codebook: BinaryCodebook
     training_state: TrainingState | None
     decoder: Callable[[], Decoder | SourceVectors]
     hard_decoder: Callable[[], Decoder]
@@ -98,7 +98,7 @@ class ReadableTable(WeightFromCodes):
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return cast(BinaryCodebook, self.codebooks[0]).bias.device
+        return self.codebook.bias.device
 
     @property
     def embed_scale(self) -> Tensor:
@@ -121,7 +121,7 @@ class ReadableTable(WeightFromCodes):
         if compat.is_traced():
             vectors: Tensor = self.decoder().table() if self.training_state is None else self._all_vectors()
             return vectors
-        return self.last_weight.weight(self, cast(BinaryCodebook, self.codebooks[0]).bias)
+        return self.last_weight.weight(self, self.codebook.bias)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as look-ups in training
     def _all_vectors(self) -> Tensor:

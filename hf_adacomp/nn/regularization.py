@@ -1,8 +1,8 @@
-"""Regularisers of the code-books, added to gradients once an optimizer step."""
+"""Regularisers of the code-book, added to gradients once an optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ SAMPLED_TOKENS = 1024
 
 
 def regularizer(
-    config: AdaCompConfig, codebooks: Sequence[BinaryCodebook], state: TrainingState, decode: Callable[[Tensor], Tensor]
+    config: AdaCompConfig, codebook: BinaryCodebook, state: TrainingState, decode: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The weighted sum of orthogonality and reconstruction error, a float32 scalar; `decode` is (N,) -> (N, d)."""
     source = state.source
     loss = torch.zeros((), device=source.device, dtype=torch.float32)
     if config.orthogonality_weight:
-        loss = loss + config.orthogonality_weight * torch.stack([book.orthogonality() for book in codebooks]).mean()
+        loss = loss + config.orthogonality_weight * codebook.orthogonality()
     if config.reconstruction_weight:
         tokens = sample_tokens(state.token_counts, config.seed, int(state.progress)).to(source.device)
         loss = loss + config.reconstruction_weight * relative_error(decode(tokens), source[tokens], state.metric)

@@ -1,9 +1,9 @@
-"""A table of vectors in codes: its code-books, where its bits come from, and what can be asked of it."""
+"""A table of vectors in codes: its code-book, where its bits come from, and what can be asked of it."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from .. import compat
 from ..codes.codebook import BinaryCodebook
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
-from ..fitting.warm_start import fit_codebooks
+from ..fitting.warm_start import fit_codebook
 from ..lengths.budget import code_budget
 from .decoding import Decoder, SourceVectors, StaticDecoder
-from .learned_codes import LearnedCodes, OnDemand
+from .learned_codes import LearnedCodes
 from .reading import ReadableTable
 from .training_state import TrainingState
 
@@ -26,7 +26,7 @@ GUARD, EMPTY = "weight", torch.zeros(0)
 
 
 class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whose weight can be set
-    """V vectors of width d: a code-book for each code length and, for each token, a code length and the bits of a code.
+    """V vectors of width d: a code-book and, for each token, a code length and the bits of a code.
 
     The bits come from encoders until they are stored: of `training_state` and `packed` exactly one is there. It is an
     `nn.Embedding` to those who ask, without being made as one.
@@ -44,29 +44,17 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.num_embeddings, self.embedding_dim = source.shape
         self.padding_idx, self.config = padding_idx, config
         self.zero_padding = padding_idx is not None and (source.is_meta or not source[padding_idx].any())
-        self.codebooks = nn.ModuleList(
-            BinaryCodebook(
-                length,
-                self.embedding_dim,
-                tied=config.tied,
-                storage=config.codebook_dtype,
-                device=source.device,
-                dtype=source.dtype,
-            )
-            for length in config.ladder
+        self.codebook = BinaryCodebook(
+            config.ladder[-1],
+            self.embedding_dim,
+            tied=config.tied,
+            storage=config.codebook_dtype,
+            device=source.device,
+            dtype=source.dtype,
         )
         self.training_state: TrainingState | None = TrainingState(source, config)
         self.packed: PackedCodes | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_form)  # type: ignore[no-untyped-call]  # torch's
-
-    @property
-    def books(self) -> list[BinaryCodebook]:
-        """The code-books, one a code length, increasing."""
-        return cast(list[BinaryCodebook], list(self.codebooks))
-
-    def book(self, k: int) -> BinaryCodebook:
-        """The code-book of the k-th code length."""
-        return self.books[k]
 
     @property
     def coder(self) -> TrainingState | None:
@@ -80,9 +68,8 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
 
     def budget(self) -> int:
         """Bits available for the codes of all tokens under `config.target_ratio`."""
-        books = sum(book.stored_bytes() for book in self.books)
-        config = self.config
-        return code_budget(self.num_embeddings, self.embedding_dim, config.ladder, books, config.target_ratio)
+        config, book = self.config, self.codebook.stored_bytes()
+        return code_budget(self.num_embeddings, self.embedding_dim, config.ladder, book, config.target_ratio)
 
     def check_size(self) -> None:
         """Raise ValueError if frozen lengths exceed what `config.target_ratio` leaves for them."""
@@ -111,7 +98,9 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         # An evaluation may ask for the fit in the middle of a forward pass.
         with torch.inference_mode(False), torch.autocast(state.source.device.type, enabled=False):
             weights = state.weigh_tokens()
-            cost = fit_codebooks(self.books, state.source, weights, state.metric, budget, seed, show_progress)
+            cost = fit_codebook(
+                self.codebook, self.config.ladder, state.source, weights, state.metric, budget, seed, show_progress
+            )
             state.start(cost, budget)
         if not state.observation.counting and (metric is not None or not self.config.measured):
             state.end_observation()
@@ -157,10 +146,9 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         static = compat.is_traced()
         if not static:
             self.ensure_warm()
-        books = self.books
-        stored = OnDemand(lambda k: books[k].stored(), len(books))
+        stored = self.codebook.stored()
         state, padding = self.training_state, self.padding_idx
-        codes = self.require_packed() if static or state is None else LearnedCodes(state, books, stored)
+        codes = self.require_packed() if static or state is None else LearnedCodes(state, self.codebook, stored)
         kind = StaticDecoder if static else Decoder
         return kind(stored, codes, self.num_embeddings, padding, padding if self.zero_padding else None)
 
@@ -185,22 +173,21 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
 
     @torch.no_grad()
     def codes(self, token_id: int) -> tuple[int, ...]:
-        """Indices of the code vectors whose sum (plus the bias) is the token's vector."""
+        """Indices of the bits that are set in a token's code, whose length `code_lengths` tells."""
         if not 0 <= token_id < self.num_embeddings:
             raise IndexError(f"token id {token_id} is out of range for a table of {self.num_embeddings} rows")
-        k = self.config.ladder.index(int(self.code_lengths()[token_id]))
+        self.code_lengths()
         codes = self.hard_decoder().codes
-        _, place = codes.locate(torch.tensor([token_id], device=self.device))
-        return tuple(codes.bits(k, place)[0].nonzero().squeeze(1).tolist())
+        bits = codes.centred(*codes.locate(torch.tensor([token_id], device=self.device)), self.config.ladder[-1])
+        return tuple((bits[0] > 0).nonzero().squeeze(1).tolist())
 
     def become_packed(self, packed: PackedCodes) -> None:
         """Drop what only training needs, with these codes to be read from now on."""
-        for book in self.books:
-            book.pack()
+        self.codebook.pack()
         self.training_state, self.packed = None, packed
 
     def resize(self, kept: Tensor, new_codes: Tensor) -> None:
-        """Keep tokens of a packed table, int64 (K,), in that order; append some with codes (N, L), of the longest."""
+        """Keep tokens of a packed table, int64 (K,), in that order; append some with centred bits (N, L)."""
         self.packed = self.require_packed().resized(kept, new_codes)
         self.num_embeddings = self.packed.num_tokens
         if self.padding_idx is not None:
