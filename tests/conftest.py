@@ -28,7 +28,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 collect_ignore = ["distributed/train.py", "distributed/ways.py", "trust/train.py", "trust/fuzz_config.py"]
 
 VOCABULARY = 512
-LENGTHS = (4, 8, 20)
+LENGTHS = (4, 8, 28)
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = [f"word{i}" for i in range(200)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -19,7 +19,7 @@ README = Path(__file__).parents[1] / "README.md"
 def example() -> str:
     """The first one, save that the tiny table cannot be 80 times smaller."""
     text = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
-    return text.replace("target_ratio=80", "code_lengths=(4, 8, 20), target_ratio=32")
+    return text.replace("target_ratio=80", "code_lengths=(4, 8, 28), target_ratio=32")
 
 
 @pytest.mark.usefixtures("quick_fit")

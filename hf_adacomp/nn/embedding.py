@@ -136,7 +136,6 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if not state.driven:
             take_from_first(self._tensors())
         self._leave_out_broken_gradients(fraction, state)
-        self.movement.check(self.codebook.parameters())
         before = state.phase
         if before != "encode":
             state.recount()
@@ -148,6 +147,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if before == "observe":
             self.zero_grad()  # to None: an optimizer passes over what took part without a gradient
         else:
+            self.movement.check(self.codebook.parameters())
             if state.phase == "encode":
                 state.selector.zero_grad()
             loss = regularizer(self.config, self.codebook, state, self.hard_decoder().vectors)

@@ -91,7 +91,7 @@ class CompressedHead(Borrower):
         scores = F.linear(book.vectors.float(), rows)
         bias = F.linear(book.bias.float()[None], rows)
         # Scores of all values of each byte of a code, one table a byte.
-        whole = len(scores) // 8
+        whole = max((length // 8 for length in codes.ladder if length % 8 == 0), default=0)
         tables = (codes.octets @ scores[: 8 * whole].view(whole, 8, -1)).view(256 * whole, -1)
         by_length = [
             self._sums(codes.group(k), tokens, length, scores, tables) + bias

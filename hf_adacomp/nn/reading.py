@@ -140,7 +140,9 @@ class ReadableTable(WeightFromCodes):
 
     def weight_gradients(self, gradient: Tensor) -> list[Tensor | None]:
         """From the gradient at all vectors, (V, d), those of `parameters()`."""
-        self.reached, decoder = True, self.decoder()
+        self.reached = True
+        with torch.enable_grad():  # a backward pass asks, which has none
+            decoder = self.decoder()
         if isinstance(decoder, SourceVectors):
             decoder.state.observation.note_table(gradient)
             return [None for _ in self.parameters()]

@@ -42,7 +42,7 @@ def test_encoder_gradient_is_that_of_the_relaxed_network(tied, monkeypatch):
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     hard = gradients()
-    monkeypatch.setattr(BinaryStep, "apply", lambda z, bits: ((z + 1) / 2).clamp(0, 1))
+    monkeypatch.setattr(BinaryStep, "apply", lambda z, bits: (z / 2).clamp(-0.5, 0.5))
     for a, b in zip(hard, gradients(), strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.allclose(a, b)
@@ -55,13 +55,14 @@ def test_code_vectors_follow_decoding_alone():
     assert module.encoder_bias.grad is not None
 
 
-def test_decode_is_the_sum_of_active_code_vectors_and_the_bias():
+def test_decode_is_half_of_each_code_vector_added_or_taken_away():
     module = book()
-    bits = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    bits = torch.tensor([[0.5, -0.5, 0.5, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.float64)
     decoded = decode(module, bits)
     vectors = module.stored().vectors
-    assert torch.allclose(decoded[0], vectors[0] + vectors[2] + vectors[5] + module.bias)
+    assert torch.allclose(decoded[0], (vectors[0] - vectors[1] + vectors[2]) / 2 + module.bias)
     assert torch.equal(decoded[1], module.bias)
+    assert torch.allclose(decode(module, bits[:, :3]), decoded)
     bits.requires_grad_()
     assert gradcheck(lambda *_: decode(module, bits), (bits, module.weight, module.bias))
 
@@ -69,7 +70,7 @@ def test_decode_is_the_sum_of_active_code_vectors_and_the_bias():
 @pytest.mark.parametrize("storage", CODEBOOK_DTYPES)
 def test_training_sees_the_stored_vectors_and_packing_keeps_them(storage):
     module = BinaryCodebook(6, 4, tied=True, storage=storage)
-    bits = torch.randint(0, 2, (9, 6)).float()
+    bits = torch.randint(0, 2, (9, 6)) - 0.5
     before = decode(module, bits)
     before.sum().backward()
     expected = module.rate * bits.sum(0)[:, None].expand(6, 4)
@@ -100,6 +101,24 @@ def test_reconstruct_in_blocks_is_encode_and_decode(monkeypatch):
     x = torch.randn(100, 4, dtype=torch.float64)
     assert module.block == 8
     assert torch.allclose(module.reconstruct(x, METRIC), decode(module, encode(module, x)))
+
+
+def test_a_shorter_code_is_what_a_book_of_the_first_vectors_would_decide():
+    module, short, x = book(tied=True), book(length=3, tied=True), torch.randn(20, 4, dtype=torch.float64)
+    short.set_vectors(module.stored().vectors[:3])
+    found = module.encoder(module.stored(), METRIC).encode(x, 3)
+    assert torch.equal(found, encode(short, x))
+    assert torch.allclose(module.reconstruct(x, METRIC, 3), short.reconstruct(x, METRIC))
+
+
+def test_each_vector_has_a_code_of_its_own_length():
+    module, x = book(), torch.randn(20, 4, dtype=torch.float64)
+    encoder = module.encoder(module.stored(), METRIC)
+    lengths = torch.arange(20) % 3 + 2
+    found = encoder.encode_each(x, lengths, 5)
+    for row, length, code in zip(x, lengths.tolist(), found, strict=True):
+        assert torch.equal(code[:length], encoder.encode(row[None], length)[0])
+        assert not code[length:].any()
 
 
 @pytest.mark.parametrize("length", [1, 8, 512])

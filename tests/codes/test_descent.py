@@ -9,14 +9,14 @@ from hf_adacomp.fitting.spectrum import squared_norms
 
 def ramp(z):
     """What the straight-through gradient is defined as the gradient of."""
-    return ((z + 1) / 2).clamp(0, 1)
+    return (z / 2).clamp(-0.5, 0.5)
 
 
 def test_step_is_hard_and_its_gradient_is_that_of_the_ramp(device):
     z = torch.linspace(-2, 2, 41, device=device) + 0.013
     z.requires_grad_()
     weight = torch.randn_like(z)
-    decided = (z > 0).float()
+    decided = (z > 0).float() - 0.5
     bits = BinaryStep.apply(z, decided)
     assert torch.equal(bits, decided)
     (hard,) = torch.autograd.grad((bits * weight).sum(), z)
@@ -26,13 +26,13 @@ def test_step_is_hard_and_its_gradient_is_that_of_the_ramp(device):
 
 def test_step_passes_on_second_thoughts():
     """Bits that the descent decided against their pre-activation are handed on as they are."""
-    z, decided = torch.tensor([-0.5, 0.5]), torch.tensor([1.0, 0.0])
+    z, decided = torch.tensor([-0.5, 0.5]), torch.tensor([0.5, -0.5])
     assert torch.equal(BinaryStep.apply(z, decided), decided)
 
 
 def test_bits_are_those_of_the_nearest_sum_of_orthogonal_vectors():
     vectors = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0] * torch.linspace(1, 3, 12)[:, None]
-    bits = torch.randint(0, 2, (50, 12)).double()
+    bits = torch.randint(0, 2, (50, 12)).double() - 0.5
     x = bits @ vectors + 0.1 * torch.randn(50, 12, dtype=torch.float64)
     assert torch.equal(nearest_bits(x, vectors, torch.zeros(12, dtype=torch.float64)), bits)
 
@@ -57,7 +57,7 @@ def problem(length=24, dim=8):
     vectors, bias = torch.randn(length, dim, dtype=torch.float64), torch.randn(dim, dtype=torch.float64)
     x = 3 * torch.randn(40, dim, dtype=torch.float64)
     overlap = vectors @ vectors.T
-    drive = (x - bias) @ vectors.T - overlap.diagonal() / 2
+    drive = (x - bias) @ vectors.T
     return drive, overlap.fill_diagonal_(0), lambda bits: (x - bias - bits @ vectors).square().sum(1)
 
 
@@ -65,36 +65,36 @@ def problem(length=24, dim=8):
 def test_at_the_end_of_the_descent_no_single_bit_lowers_the_error(length, monkeypatch):
     monkeypatch.setattr("hf_adacomp.codes.descent.SWEEPS", 100)
     drive, overlap, error = problem(length)
-    bits, _ = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
+    bits, _ = decide_bits(drive, overlap)
     for i in range(length):
         flipped = bits.clone()
-        flipped[:, i] = 1 - flipped[:, i]
+        flipped[:, i] *= -1
         assert (error(flipped) >= error(bits) - 1e-9).all()
 
 
 def test_bits_at_the_end_of_the_descent_stay(monkeypatch):
     monkeypatch.setattr("hf_adacomp.codes.descent.SWEEPS", 100)
     drive, overlap, _ = problem()
-    bits, margins = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
+    bits, margins = decide_bits(drive, overlap)
     monkeypatch.setattr("hf_adacomp.codes.descent.SWEEPS", 1)
     again, margins_again = decide_bits(drive, overlap, bits)
     assert torch.equal(again, bits)
     assert torch.allclose(margins_again, margins)
-    assert torch.equal(bits, (margins > 0).double())
+    assert torch.equal(bits, (margins > 0).double() - 0.5)
 
 
 def test_margins_are_what_a_bit_saves():
     """A margin is half of what the squared error gains if its bit is set rather than not."""
     drive, overlap, error = problem(length=8)  # blocks of one bit: no bit changes along with another
-    bits, margins = decide_bits(drive, overlap, torch.full_like(drive, 0.5))
+    bits, margins = decide_bits(drive, overlap)
     last = bits.clone(), bits.clone()
-    last[0][:, -1], last[1][:, -1] = 0, 1
+    last[0][:, -1], last[1][:, -1] = -0.5, 0.5
     assert torch.allclose(margins[:, -1], (error(last[0]) - error(last[1])) / 2)
 
 
 def test_the_start_is_left_as_it_was():
     drive, overlap, _ = problem()
-    start = torch.rand_like(drive)
+    start = torch.rand_like(drive) - 0.5
     kept = start.clone()
     decide_bits(drive, overlap, start)
     assert torch.equal(start, kept)
@@ -102,14 +102,14 @@ def test_the_start_is_left_as_it_was():
 
 def test_a_perfect_start_stays():
     vectors, bias = torch.randn(24, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    start = torch.randint(0, 2, (30, 24)).double()
+    start = torch.randint(0, 2, (30, 24)).double() - 0.5
     x = start @ vectors + bias
     assert torch.equal(nearest_bits(x, vectors, bias, start=start), start)
 
 
 def test_bits_do_not_depend_on_the_device(device):
     vectors, bias = torch.randn(24, 8), torch.randn(8)
-    x = torch.randint(0, 2, (30, 24)).float() @ vectors + bias + 0.1 * torch.randn(30, 8)
+    x = (torch.randint(0, 2, (30, 24)).float() - 0.5) @ vectors + bias + 0.1 * torch.randn(30, 8)
     found = nearest_bits(x.to(device), vectors.to(device), bias.to(device))
     assert found.device.type == device.type
     assert (found.cpu() != nearest_bits(x, vectors, bias)).float().mean() < 1e-3  # ties may tip

@@ -10,7 +10,8 @@ from hf_adacomp.codes.packed import PackedCodes
 @st.composite
 def tables(draw):
     """Code lengths, the length index of each token and the bits of each token's code."""
-    lengths = sorted(draw(st.sets(st.integers(1, 70), min_size=1, max_size=9)))
+    unit = draw(st.sampled_from([1, 8]))  # whole bytes are read otherwise
+    lengths = sorted(unit * length for length in draw(st.sets(st.integers(1, 70 // unit), min_size=1, max_size=8)))
     num_tokens = draw(st.sampled_from([1, 2, 127, 128, 129, 300]) | st.integers(1, 400))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     share = torch.rand(len(lengths), generator=generator) ** 4 + 1e-9  # some lengths go to (almost) no token
@@ -39,10 +40,11 @@ def test_every_code_comes_back(table):
     module.validate("table")
     assert torch.equal(found.long(), assignment[tokens])
     assert torch.equal(module.assignment().long(), assignment)
-    for k in range(len(lengths)):
-        rows = (found == k).nonzero().squeeze(1)
-        for token, code in zip(tokens[rows].tolist(), module.bits(k, places[rows]), strict=True):
-            assert torch.equal(code, bits[token])
+    codes = module.centred(found, places, lengths[-1])
+    for token, code in zip(tokens.tolist(), codes, strict=True):
+        own = bits[token]
+        assert torch.equal(code[: len(own)], own - 0.5)
+        assert not code[len(own) :].any()
 
 
 @given(tables())
@@ -71,8 +73,9 @@ def small(device="cpu") -> PackedCodes:
 def codes(module: PackedCodes) -> list[list[float]]:
     """The bits of each token's code."""
     tokens = torch.arange(module.num_tokens, device=module.codes.device)
-    found = zip(*module.locate(tokens), strict=True)
-    return [module.bits(int(k), place[None])[0].tolist() for k, place in found]
+    lengths, places = module.locate(tokens)
+    found = module.centred(lengths, places, LENGTHS[-1]) + 0.5
+    return [row[: LENGTHS[k]].tolist() for k, row in zip(lengths.tolist(), found, strict=True)]
 
 
 def test_codes_are_the_same_on_every_device(device):
@@ -88,11 +91,11 @@ def test_codes_that_move_are_still_found(device):
 
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [0, 1, 2], [0], [4, 1, 2, 0]])
 def test_resized_codes_keep_tokens_in_order_and_append_the_longest_codes(kept, device):
-    module, new = small(device), torch.ones(2, 9, device=device)
+    module, new = small(device), torch.full((2, 9), 0.5, device=device)
     resized = module.resized(torch.tensor(kept, device=device), new)
     resized.validate("t")
     assert resized.assignment().tolist() == [*ASSIGNMENT[kept].tolist(), 2, 2]
-    assert codes(resized) == [codes(module)[token] for token in kept] + new.tolist()
+    assert codes(resized) == [codes(module)[token] for token in kept] + [[1.0] * 9] * 2
 
 
 def test_groups_lie_behind_each_other():

@@ -3,7 +3,7 @@ import torch
 
 from hf_adacomp.codes.codebook import BinaryCodebook
 from hf_adacomp.fitting.spectrum import squared_norms
-from hf_adacomp.fitting.warm_start import fit_codebook, fit_codebooks
+from hf_adacomp.fitting.warm_start import fit_codebook
 
 EYE = torch.eye(24)
 
@@ -15,8 +15,14 @@ def table(tokens=600, dim=24) -> torch.Tensor:
     return 0.05 * rows @ torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] + 0.02
 
 
-def explained(book: BinaryCodebook, x: torch.Tensor, weights: torch.Tensor) -> float:
-    error = (weights[:, None] * (x - book.reconstruct(x, EYE)) ** 2).sum()
+def fit(x, weights, lengths, metric=EYE, budget=None, seed=0, **options) -> tuple[BinaryCodebook, torch.Tensor]:
+    book = BinaryCodebook(lengths[-1], x.shape[1], **{"tied": True, "storage": "float32", **options})
+    budget = len(x) * lengths[-1] if budget is None else budget
+    return book, fit_codebook(book, lengths, x, weights, metric, budget, seed, show_progress=False)
+
+
+def explained(book: BinaryCodebook, x: torch.Tensor, weights: torch.Tensor, length: int | None = None) -> float:
+    error = (weights[:, None] * (x - book.reconstruct(x, EYE, length)) ** 2).sum()
     mean = (weights @ x) / weights.sum()
     return 1 - float(error / (weights[:, None] * (x - mean) ** 2).sum())
 
@@ -24,33 +30,43 @@ def explained(book: BinaryCodebook, x: torch.Tensor, weights: torch.Tensor) -> f
 @pytest.mark.parametrize("tied", [False, True])
 def test_more_bits_explain_more(tied):
     x, weights = table(), torch.ones(600)
-    found = []
-    for length in (4, 16, 48):
-        book = BinaryCodebook(length, 24, tied=tied, storage="int8")
-        fit_codebook(book, x, weights, EYE, torch.Generator().manual_seed(0))
-        found.append(explained(book, x, weights))
+    book, _ = fit(x, weights, (4, 16, 48), tied=tied, storage="int8", budget=600 * 20)
+    found = [explained(book, x, weights, length) for length in (4, 16, 48)]
     assert found == sorted(found)
     assert found[0] > 0.2
     assert found[1] > 0.5
     assert found[2] > 0.75
 
 
+def test_one_book_loses_little_against_books_of_their_own():
+    """Each length by the first vectors of one book, against a book that was fitted to that length alone."""
+    x, weights = table(), torch.ones(600)
+    book, _ = fit(x, weights, (8, 16, 32), budget=600 * 18)
+    for length in (8, 16, 32):
+        own, _ = fit(x, weights, (length,))
+        assert explained(book, x, weights, length) > explained(own, x, weights) - 0.1
+
+
 def test_blocks_do_not_matter(monkeypatch):
     x, weights, found = table(), torch.rand(600) + 0.5, []
     for bits in (1 << 22, 1 << 9):
         monkeypatch.setattr("hf_adacomp.codes.codebook.BITS_PER_BLOCK", bits)
-        book = BinaryCodebook(24, 24, tied=True, storage="float32")
-        fit_codebook(book, x, weights, EYE, torch.Generator().manual_seed(0))
+        book, _ = fit(x, weights, (24,))
         found.append(explained(book, x, weights))
     assert found[1] == pytest.approx(found[0], abs=5e-3)
+
+
+def test_large_tables_are_fitted_to_a_sample(monkeypatch):
+    x, weights = table(), torch.rand(600) + 0.5
+    whole = explained(fit(x, weights, (8, 24), budget=600 * 16)[0], x, weights)
+    monkeypatch.setattr("hf_adacomp.fitting.warm_start.FIT_ROWS", 300)
+    assert explained(fit(x, weights, (8, 24), budget=600 * 16)[0], x, weights) == pytest.approx(whole, abs=0.1)
 
 
 def test_weights_decide_where_the_error_falls():
     x = table()
     weights = torch.where(torch.arange(600) < 60, 50.0, 1.0)
-    books = [BinaryCodebook(16, 24, tied=True, storage="float32") for _ in range(2)]
-    fit_codebook(books[0], x, weights, EYE, torch.Generator().manual_seed(0))
-    fit_codebook(books[1], x, torch.ones(600), EYE, torch.Generator().manual_seed(0))
+    books = [fit(x, each, (16,))[0] for each in (weights, torch.ones(600))]
     errors = [(x - book.reconstruct(x, EYE)).square().sum(1)[:60].sum() for book in books]
     assert errors[0] < errors[1]
 
@@ -61,8 +77,7 @@ def test_fits_are_best_in_their_own_metric(tied):
     metrics = [torch.eye(4), torch.tensor([50.0, 1.0, 1.0, 0.1]).diag()]
     errors = []
     for metric in metrics:
-        fitted = BinaryCodebook(6, 4, tied=tied, storage="float32")
-        fit_codebook(fitted, x, torch.ones(200), metric, torch.Generator().manual_seed(0))
+        fitted, _ = fit(x, torch.ones(200), (6,), metric, tied=tied)
         errors.append([float(squared_norms(x - fitted.reconstruct(x, metric), m).sum()) for m in metrics])
     assert errors[0][0] < errors[1][0]
     assert errors[1][1] < errors[0][1]
@@ -75,12 +90,12 @@ def test_cost_is_the_weighted_distortion_and_repeats():
     costs = []
     for _ in range(2):
         torch.set_rng_state(random_state)
-        books = [BinaryCodebook(n, 24, tied=True, storage="int8") for n in (2, 8, 30)]
+        book = BinaryCodebook(30, 24, tied=True, storage="int8")
         expected_next = torch.get_rng_state()
-        costs.append(fit_codebooks(books, x, weights, EYE, 600 * 12, seed=3, show_progress=False))
+        costs.append(fit_codebook(book, (2, 8, 30), x, weights, EYE, 600 * 12, seed=3, show_progress=False))
     assert torch.equal(*costs)
     assert torch.equal(torch.get_rng_state(), expected_next)
-    expected = weights * (x - books[1].reconstruct(x, EYE)).square().sum(1)
+    expected = weights * (x - book.reconstruct(x, EYE, 8)).square().sum(1)
     assert torch.allclose(costs[0][:, 1], expected)
 
 
@@ -89,15 +104,12 @@ def test_cost_is_the_weighted_distortion_and_repeats():
 def test_tables_of_odd_shapes(shape):
     torch.manual_seed(0)
     x = torch.randn(shape)
-    books = [BinaryCodebook(n, shape[1], tied=True, storage="int8") for n in (2, 70)]
-    cost = fit_codebooks(books, x, torch.ones(shape[0]), torch.eye(shape[1]), 80 * shape[0], 0, show_progress=False)
+    _, cost = fit(x, torch.ones(shape[0]), (2, 70), torch.eye(shape[1]), 80 * shape[0], storage="int8")
     assert torch.isfinite(cost).all()
 
 
 @pytest.mark.usefixtures("quick_fit")
 def test_constant_table():
-    books = [BinaryCodebook(n, 4, tied=False, storage="int8") for n in (2, 8)]
-    fit_codebooks(books, torch.full((50, 4), 0.3), torch.ones(50), torch.eye(4), 500, 0, show_progress=False)
-    assert torch.allclose(
-        books[1].reconstruct(torch.full((2, 4), 0.3), torch.eye(4)), torch.full((2, 4), 0.3), atol=1e-3
-    )
+    x = torch.full((50, 4), 0.3)
+    book, _ = fit(x, torch.ones(50), (2, 8), torch.eye(4), 500, tied=False, storage="int8")
+    assert torch.allclose(book.reconstruct(x[:2], torch.eye(4)), x[:2], atol=1e-3)

@@ -86,7 +86,7 @@ def test_every_codebook_dtype_survives_the_file(codebook_dtype, bert, counts, id
     pack(compress(bert, AdaCompConfig(LENGTHS, target_ratio=12, codebook_dtype=codebook_dtype), counts))
     expected = bert(ids).logits
     bert.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")["bert.embeddings.word_embeddings.codebooks.0.weight"]
+    stored = load_file(tmp_path / "model.safetensors")["bert.embeddings.word_embeddings.codebook.weight"]
     assert stored.dtype == {"int4": torch.uint8, "int8": torch.int8, **FLOAT_DTYPES}[codebook_dtype]
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.dtype == torch.float32
@@ -96,7 +96,7 @@ def test_every_codebook_dtype_survives_the_file(codebook_dtype, bert, counts, id
 def test_file_holds_the_documented_tensors_and_the_reported_bytes(packed_bert, tmp_path):
     packed_bert.save_pretrained(tmp_path)
     tensors, table = load_file(tmp_path / "model.safetensors"), ours(tmp_path)
-    books = {f"codebooks.{k}.{part}" for k in range(3) for part in ("weight", "scale", "bias")}
+    books = {f"codebook.{part}" for part in ("weight", "scale", "bias")}
     assert table.keys() == {"packed.length_indices", "packed.codes", "weight"} | books
     assert table["weight"].numel() == 0
     assert sum(tensor.nbytes for tensor in table.values()) == size_report(packed_bert).total_bytes
@@ -192,8 +192,8 @@ PREFIX = "bert.embeddings.word_embeddings."
     ("change", "message"),
     [
         (lambda t: t.pop(PREFIX + "packed.codes"), "lacks the tensor .*packed.codes"),
-        (lambda t: t.pop(PREFIX + "codebooks.1.scale"), "lacks the tensor .*codebooks.1.scale"),
-        (lambda t: t[PREFIX + "codebooks.1.scale"].fill_(float("nan")), "codebooks.1.scale holds NaN or Inf"),
+        (lambda t: t.pop(PREFIX + "codebook.scale"), "lacks the tensor .*codebook.scale"),
+        (lambda t: t[PREFIX + "codebook.scale"].fill_(float("nan")), "codebook.scale holds NaN or Inf"),
         (lambda t: t[PREFIX + "packed.length_indices"].zero_(), "packed.length_indices gives"),
     ],
 )
@@ -306,8 +306,8 @@ def test_tables_that_hold_no_numbers_are_not_saved(bert, config, counts, tmp_pat
     if form == "packed":
         pack(bert)
     with torch.no_grad():
-        table.book(0).bias[0] = value
-    with pytest.raises(ValueError, match=r"codebooks.0.bias holds NaN or Inf: the training has diverged"):
+        table.codebook.bias[0] = value
+    with pytest.raises(ValueError, match=r"codebook.bias holds NaN or Inf: the training has diverged"):
         bert.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
 

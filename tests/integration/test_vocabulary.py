@@ -54,7 +54,7 @@ def test_new_tokens_are_near_the_mean_and_differ(counts):
 
 
 def test_nearest_codes_find_a_vector_of_the_codebook(packed_bert):
-    *_, book = packed_bert.get_input_embeddings().books
+    book = packed_bert.get_input_embeddings().codebook
     stored, bits = book.stored(), torch.zeros(1, book.length)
     bits[0, :3] = 1
     vector = stored.decode(bits)[0].detach()

@@ -5,8 +5,7 @@ from torch import nn
 
 from hf_adacomp import AdaptiveCompressedEmbedding
 from hf_adacomp.codes.codebook import BinaryCodebook
-from hf_adacomp.nn.decoding import SourceVectors, TakePart, distinct, inverse
-from hf_adacomp.nn.learned_codes import OnDemand
+from hf_adacomp.nn.decoding import SourceVectors, TakePart, distinct
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -16,28 +15,26 @@ def table(config, counts, device) -> AdaptiveCompressedEmbedding:
     return AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32, device=device), config, counts)
 
 
-def test_things_are_made_once_and_only_when_asked_for():
+@pytest.mark.parametrize("phase", ["encode", "packed"])
+def test_the_code_book_is_rounded_once_a_pass(table, phase, monkeypatch):
+    table.pack() if phase == "packed" else table.step(0.9)
     made = []
-    things = OnDemand(lambda i: made.append(i) or 10 * i, 3)
-    assert len(things) == 3
-    assert made == []
-    assert (things[2], things[2], things[0]) == (20, 20, 0)
-    assert made == [2, 0]
-    assert list(things) == [0, 10, 20]
+    original = BinaryCodebook.stored
+    monkeypatch.setattr(BinaryCodebook, "stored", lambda book: made.append(book) or original(book))
+    table.train()(torch.arange(VOCABULARY, device=table.device))
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("phase", ["encode", "packed"])
-def test_only_code_books_of_the_lengths_that_are_met_are_rounded(table, phase, monkeypatch):
+def test_tokens_in_blocks_are_what_they_are_at_once(table, phase, monkeypatch):
     table.pack() if phase == "packed" else table.step(0.9)
-    table.eval()
-    lengths = table.code_lengths()
-    stored = []
-    original = BinaryCodebook.stored
-    monkeypatch.setattr(BinaryCodebook, "stored", lambda book: stored.append(book.length) or original(book))
-    for length in set(lengths.tolist()):
-        stored.clear()
-        table((lengths == length).nonzero().squeeze(1)[:5])
-        assert stored == [length]
+    tokens = torch.randperm(VOCABULARY, device=table.device)
+    with torch.no_grad():
+        decoder = table.eval().decoder()
+        at_once = decoder.vectors(tokens)
+        monkeypatch.setattr("hf_adacomp.nn.decoding.BLOCK", 50)
+        assert torch.allclose(decoder.vectors(tokens), at_once, atol=1e-6)
+        assert torch.allclose(decoder.table()[tokens], at_once, atol=1e-6)
 
 
 @pytest.mark.parametrize("phase", ["select", "encode", "packed"])
@@ -68,7 +65,7 @@ def test_source_vectors_are_looked_up_scored_and_given_as_a_whole(config, ids):
 
 @pytest.mark.parametrize("bad", [-1, VOCABULARY])
 def test_ids_out_of_range_are_quoted(table, bad):
-    if table.books[0].bias.device.type != "cpu":
+    if table.codebook.bias.device.type != "cpu":
         pytest.skip("checking would wait for the device")
     with pytest.raises(IndexError, match=f"{bad}.* 512 rows"):
         table.eval()(torch.tensor([3, bad]))
@@ -89,8 +86,3 @@ def test_distinct_tokens_and_the_place_of_each_id(count, device):
     tokens, place = distinct(ids, VOCABULARY)
     assert torch.equal(tokens, ids.unique())
     assert torch.equal(tokens[place], ids)
-
-
-def test_inverse_undoes_a_permutation(device):
-    order = torch.randperm(40).to(device)
-    assert torch.equal(order[inverse(order)], torch.arange(40, device=device))

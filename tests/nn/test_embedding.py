@@ -120,9 +120,9 @@ def test_task_gradient_reaches_selector_codes_and_encoder(embedding):
     embedding.train()(torch.arange(1, 100)).square().sum().backward()
     for parameter in (
         embedding.training_state.selector.offset,
-        embedding.codebooks[2].weight,
-        embedding.codebooks[2].bias,
-        embedding.codebooks[2].encoder_bias,
+        embedding.codebook.weight,
+        embedding.codebook.bias,
+        embedding.codebook.encoder_bias,
     ):
         assert parameter.grad.abs().sum() > 0
     assert embedding.training_state.source.grad is None
@@ -172,13 +172,12 @@ def test_regularisers_add_the_same_gradient_again_at_the_same_progress(embedding
     for _ in range(2):
         embedding.zero_grad()
         embedding.step(0.6)
-        gradients.append([p.grad.clone() for p in embedding.codebooks.parameters() if p.grad is not None])
+        gradients.append([p.grad.clone() for p in embedding.codebook.parameters() if p.grad is not None])
     assert gradients[0]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    embedding.codebooks[0].bias.grad.zero_()
-    before = embedding.codebooks[1].weight.grad.clone()
+    before = embedding.codebook.weight.grad.clone()
     embedding.step(0.6)
-    assert torch.allclose(embedding.codebooks[1].weight.grad, 2 * before)
+    assert torch.allclose(embedding.codebook.weight.grad, 2 * before)
 
 
 def test_bits_do_not_depend_on_autocast(embedding, ids):
@@ -189,12 +188,12 @@ def test_bits_do_not_depend_on_autocast(embedding, ids):
 
 
 @phases
-def test_codes_are_the_indices_of_the_vectors_that_sum_to_the_token(embedding, phase):
+def test_codes_are_the_bits_that_make_the_vector_of_the_token(embedding, phase):
     to_phase(embedding, phase).eval()
     for token in (1, 17, 500):
-        k = LENGTHS.index(int(embedding.code_lengths()[token]))
-        book = embedding.codebooks[k]
-        total = book.stored().vectors[list(embedding.codes(token))].sum(0) + book.bias
+        bits = torch.full((int(embedding.code_lengths()[token]),), -0.5)
+        bits[list(embedding.codes(token))] = 0.5
+        total = bits @ embedding.codebook.stored().vectors[: len(bits)] + embedding.codebook.bias
         assert torch.allclose(total, embedding(torch.tensor(token)), atol=1e-6)
     with pytest.raises(IndexError, match="512"):
         embedding.codes(512)
@@ -222,7 +221,7 @@ def test_packed_holds_no_table(embedding):
 def test_deepcopy_and_repr(embedding, phase, ids):
     to_phase(embedding, phase).eval()
     assert torch.equal(copy.deepcopy(embedding)(ids), embedding(ids))
-    assert f"512, 32, padding_idx=0, phase='{phase}', code_lengths=(4, 8, 20), target_ratio=32" in repr(embedding)
+    assert f"512, 32, padding_idx=0, phase='{phase}', code_lengths=(4, 8, 28), target_ratio=32" in repr(embedding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -41,7 +41,7 @@ def test_gradients_are_those_of_the_dense_product(table, hidden, blocks, kept_bi
     table.train()
     outputs = (CompressedHead(table)(hidden), hidden @ table(torch.arange(VOCABULARY)).T)
     weights = torch.randn_like(outputs[0])
-    parameters = [hidden, *(p for p in table.codebooks.parameters() if p.requires_grad)]
+    parameters = [hidden, *(p for p in table.codebook.parameters() if p.requires_grad)]
     ours, dense = (
         torch.autograd.grad((logits * weights).sum(), parameters, allow_unused=True, materialize_grads=True)
         for logits in outputs

@@ -54,7 +54,7 @@ def test_weights_of_both_terms(counts, dtype):
         torch.manual_seed(0)
         source = nn.Embedding(VOCABULARY, 32, dtype=dtype)
         table = AdaptiveCompressedEmbedding.from_embedding(source, config, counts)
-        loss = regularizer(config, table.books, table.training_state, table.hard_decoder().vectors)
+        loss = regularizer(config, table.codebook, table.training_state, table.hard_decoder().vectors)
         assert loss.dtype == torch.float32
         losses.append(float(loss))
     assert losses[2] == pytest.approx(2 * losses[0] + 3 * losses[1], rel=1e-2)

@@ -18,16 +18,10 @@ def table(config, counts, device) -> AdaptiveCompressedEmbedding:
 
 
 def test_budget_is_what_the_size_leaves_for_codes(table, config):
-    books = sum(book.stored_bytes() for book in table.books)
-    assert table.budget() // 8 + books < 4 * VOCABULARY * DIM / config.target_ratio
+    assert table.budget() // 8 + table.codebook.stored_bytes() < 4 * VOCABULARY * DIM / config.target_ratio
     table.pack()
     stored = sum(tensor.nbytes for tensor in table.state_dict().values())
     assert 4 * VOCABULARY * DIM / stored >= config.target_ratio
-
-
-def test_code_books_by_their_place(table):
-    assert [book.length for book in table.books] == list(LENGTHS)
-    assert [table.book(k) for k in range(3)] == table.books
 
 
 def test_lengths_of_now_and_of_the_last_step(table):

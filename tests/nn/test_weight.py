@@ -52,7 +52,7 @@ def decodings(monkeypatch) -> list[CodedTable]:
 
 
 def test_what_a_tensor_says_of_itself_decodes_nothing(table, decodings):
-    weight, bias = table.weight, table.books[0].bias
+    weight, bias = table.weight, table.codebook.bias
     assert isinstance(weight, torch.Tensor)
     assert (weight.dtype, weight.device, weight.shape) == (bias.dtype, bias.device, (VOCABULARY, 32))
     assert (weight.size(0), weight.dim(), weight.numel(), len(weight)) == (VOCABULARY, 2, VOCABULARY * 32, VOCABULARY)
@@ -235,9 +235,9 @@ def test_read_often_decoded_once_and_let_go(packed, decodings):
 def test_values_are_decoded_anew_when_something_changed(packed):
     before = packed.weight.detach().clone()
     with torch.no_grad():
-        packed.books[-1].bias += 1
+        packed.codebook.bias += 1
     assert not torch.equal(packed.weight, before)
-    packed.resize(torch.arange(100), torch.zeros(0, packed.config.ladder[-1], dtype=torch.uint8))
+    packed.resize(torch.arange(100), torch.zeros(0, packed.config.ladder[-1]))
     assert packed.weight.shape == packed.weight.clone().shape == (100, 32)
 
 
@@ -245,7 +245,7 @@ def test_in_inference_mode_first_and_with_gradients_next(packed):
     with torch.inference_mode():
         packed.weight.sum()
     F.linear(torch.randn(2, 32, requires_grad=True), packed.weight).sum().backward()
-    assert packed.books[-1].bias.grad.any()
+    assert packed.codebook.bias.grad.any()
 
 
 def test_compiled_code_may_read_it(packed):
