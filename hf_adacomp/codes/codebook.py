@@ -38,7 +38,7 @@ class Encoder(NamedTuple):
     overlap: Tensor
 
     def encode(self, x: Tensor, length: int | None = None) -> Tensor:
-        """Centred bits of the vectors x in codes of a length, (..., d) -> (..., length), of x's dtype; float32 at least."""
+        """Centred bits of the vectors x, (..., d) -> (..., length), of x's dtype. Computed in float32 at least."""
         first = slice(length)
         with torch.autocast(x.device.type, enabled=False):
             drive = F.linear(x.to(self.weight.dtype), self.weight[first], self.shift[first])
@@ -66,8 +66,8 @@ class BinaryCodebook(nn.Module):
     A code of length l uses the first l code vectors: one book serves all lengths, and a longer code refines what a
     shorter one says. Bits are centred, -1/2 or 1/2, so that the bias is right for each length.
 
-    With `tied`, `F = s C M` and `f = encoder_bias - s C M c`: encoding descends the squared error in the metric M, up to
-    the learned bias, and follows the code vectors, which are constants to it. (Gradients that reach them through the
+    With `tied`, `F = s C M` and `f = encoder_bias - s C M c`: encoding descends the squared error in the metric M, up
+    to the learned bias, and follows the code vectors, which are constants to it. (Gradients that reach them through the
     encoder, too, make them alike, and the descent over alike vectors is poor.) Both ways see code vectors as they will
     be stored (rounded to `storage`), with gradients passed straight through the rounding and through the step H.
 

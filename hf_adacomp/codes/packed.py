@@ -79,7 +79,7 @@ class PackedCodes(KeptDtype):
         return packed
 
     def resized(self, kept: Tensor, new_codes: Tensor) -> PackedCodes:
-        """A copy for some tokens, int64 (K,), in that order, and new ones with centred bits (N, L) of the longest length."""
+        """A copy for some tokens, int64 (K,), in that order, and new ones with centred bits (N, L), of the longest."""
         lengths, places = self.locate(kept)
         longest = torch.full((len(new_codes),), len(self.ladder) - 1, dtype=torch.uint8, device=lengths.device)
         groups = []
@@ -127,7 +127,8 @@ class PackedCodes(KeptDtype):
         bits, starts = self.groups[:, lengths.to(torch.int64)]
         octets = self.octets if self._whole_bytes else None
         found = centred_bits(self.codes, starts + places * bits, longest, octets)
-        return found * (torch.arange(longest, device=bits.device) < bits[:, None])
+        inside: Tensor = torch.arange(longest, device=bits.device) < bits[:, None]
+        return found * inside
 
     def group(self, k: int) -> Tensor:
         """The bytes of the codes of the k-th length, uint8."""

@@ -11,12 +11,12 @@ from ..codes.rounding import codebook_bytes
 from ..config import AUTO, AdaCompConfig
 from ..lengths.budget import assign_lengths, code_budget
 from .spectrum import binary_code_distortion, principal_axes
-from .token_counts import checked_counts, token_weights, typical_counts
+from .token_counts import checked_counts, fit_weights, token_weights, typical_counts
 
 SHORTEST = (4, 8, 16, 32, 64)
 LONGEST = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 SIZES = (1, 8)
-"""Candidates: ladders of 1 to 16 lengths in about equal ratios, whole bytes above 8 bits."""
+"""Candidates: one length, or up to eight in about equal ratios, whole bytes above 8 bits."""
 
 SPECTRUM_ROWS = 1 << 15
 SAMPLED_TOKENS = 1 << 12
@@ -53,7 +53,7 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
     """
     num_tokens, dim = source.shape
     counts = token_counts if token_counts.any() else typical_counts(num_tokens)
-    weights = token_weights(counts.to(source.device) + 0.5) ** float(__import__('os').environ.get('LPOWER','1'))
+    weights = fit_weights(token_weights(counts.to(source.device) + 0.5))
     rows = slice(None, None, -(-num_tokens // SPECTRUM_ROWS))
     mean, _, variances = principal_axes(source[rows].detach().to(torch.float32), weights[rows])
     variances = variances.cpu()

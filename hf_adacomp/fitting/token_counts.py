@@ -83,7 +83,15 @@ def token_weights(counts: Tensor) -> Tensor:
 
     The root lies between the table (every type alike) and running text (Zipf: a few types are everything).
     """
-    return counts ** float(__import__('os').environ.get('WPOWER','0.5'))
+    return counts.sqrt()
+
+
+def fit_weights(weights: Tensor) -> Tensor:
+    """What tokens count for in least squares and for the ladder, from `token_weights`, (V,): closer to running text.
+
+    The geometric mean of a token's weight and its expected count. Lengths themselves follow `token_weights`.
+    """
+    return weights**1.5
 
 
 def typical_counts(num_tokens: int) -> Tensor:

@@ -13,10 +13,8 @@ from ..codes.codebook import BinaryCodebook, Encoder
 from ..codes.rounding import round_vectors
 from ..lengths.budget import assign_lengths
 from .spectrum import BLOCK, binary_code_distortion, mean_and_covariance, principal_axes, squared_norms
-from .token_counts import draw_tokens
+from .token_counts import draw_tokens, fit_weights
 
-import os
-POWER = float(os.environ.get('POWER', '1'))
 FIT_ROWS = 1 << 15
 FIT_ROUNDS = 16
 MEASURED_ROWS = 1 << 12
@@ -87,7 +85,7 @@ def fit_codebook(
 
 
 def _spectrum(source: Tensor, weights: Tensor, metric: Tensor, ladder: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Squared norm of each vector about the mean, (V,), and the share of it that each length is expected to lose, (n,)."""
+    """Squared norm of each vector about the mean, (V,), and the share of it that each length should lose, (n,)."""
     mean, covariance = mean_and_covariance(source.float(), weights)
     root = _root(metric)
     seen: Tensor = torch.linalg.eigvalsh(root.T @ covariance @ root).flip(0).clamp_min(0)  # variances in the metric
@@ -103,7 +101,7 @@ def _assigned(weighted: Tensor, share: Tensor, lengths: Tensor, budget: int) -> 
 
 def _drawn(tokens: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Those of the tokens, (N,), that a fit looks at, and what they weigh in it."""
-    weights = weights[tokens] ** POWER
+    weights = fit_weights(weights[tokens])
     if len(tokens) <= FIT_ROWS:
         return tokens, weights
     drawn = tokens[draw_tokens(weights, FIT_ROWS, generator)]
@@ -132,14 +130,15 @@ def _fitted_to_longest(
     return _encoder(vectors, bias, metric), vectors, bias
 
 
-def _lost(
-    encoder: Encoder, vectors: Tensor, bias: Tensor, x: Tensor, metric: Tensor, ladder: Sequence[int]
-) -> Tensor:
+def _lost(encoder: Encoder, vectors: Tensor, bias: Tensor, x: Tensor, metric: Tensor, ladder: Sequence[int]) -> Tensor:
     """The share of the squared norms of x (N, d) about the mean that codes of each length lose, (n,)."""
     energy = squared_norms(x - x.mean(dim=0), metric).sum().clamp_min(1e-30)
-    return torch.stack(
-        [squared_norms(x - bias - encoder.encode(x, length) @ vectors[:length], metric).sum() for length in ladder]
-    ) / energy
+    return (
+        torch.stack(
+            [squared_norms(x - bias - encoder.encode(x, length) @ vectors[:length], metric).sum() for length in ladder]
+        )
+        / energy
+    )
 
 
 def _take_over(

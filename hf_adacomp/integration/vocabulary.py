@@ -207,7 +207,7 @@ def _resized(rows: Tensor, kept: Tensor, total: int) -> Tensor:
 
 
 def _codes_for(embedding: AdaptiveCompressedEmbedding, num_tokens: int, vectors: Tensor | None) -> Tensor:
-    """Centred bits of new tokens with these vectors, as the embedding returns them, or vectors near the mean: (N, L)."""
+    """Centred bits (N, L) of new tokens with these vectors, as the embedding returns them, or near the mean."""
     book = embedding.codebook
     if vectors is None:
         vectors = _mean_vector(embedding).expand(num_tokens, -1)

@@ -55,7 +55,7 @@ class LearnedCodes:
         return self.assignment()[tokens], tokens
 
     def centred(self, lengths: Tensor, tokens: Tensor, longest: int) -> Tensor:
-        """Centred bits of tokens in codes of these lengths, (N,), (N,) -> (N, longest), with straight-through gradients."""
+        """Centred bits of tokens in codes of these lengths, (N,), (N,) -> (N, longest); gradients straight through."""
         ladder = torch.tensor(self.ladder, device=lengths.device)
         return self.encoder.encode_each(self.state.source[tokens], ladder[lengths.to(torch.int64)], longest)
 

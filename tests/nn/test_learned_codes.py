@@ -28,8 +28,7 @@ def test_each_token_has_a_code_of_its_length(codes, device):
 def test_a_mixture_is_that_of_the_codes_of_all_lengths(codes, device):
     tokens, shares = torch.arange(40, device=device), torch.rand(40, len(LENGTHS), device=device)
     expected = sum(
-        shares[:, k, None] * codes.centred(torch.full_like(tokens, k), tokens, LENGTHS[-1])
-        for k in range(len(LENGTHS))
+        shares[:, k, None] * codes.centred(torch.full_like(tokens, k), tokens, LENGTHS[-1]) for k in range(len(LENGTHS))
     )
     assert torch.allclose(codes.mixed(shares, tokens), expected)
 
