@@ -9,12 +9,12 @@ Words, each for one thing:
     code         the bits of a token; its *code length* is how many they are
     ladder       the code lengths on offer, increasing: `AdaCompConfig.code_lengths` once it holds numbers
     length index place of a token's code length on the ladder; the *assignment* has that of every token
-    code-book    the code vectors and the bias that decode the codes of one length
+    code-book    the code vectors and the bias that decode codes; a code of L bits uses the first L vectors
     budget       bits that all codes of a table may take, so that the table meets `target_ratio`
     metric       a matrix that says how much an error in each direction of a vector costs the task
     significance how much the task depends on a direction (measured for the metric) or on a token (analysed)
     observation  what training shows of a table at its beginning: token counts, and the gradients behind the metric
-    warm start   code-books and selection costs fitted to the source by what was observed
+    warm start   code-book and selection costs fitted to the source by what was observed
     phase        observe: the source is in use; select: lengths are learned; encode: codes are; packed: bits are stored
 
 Rooms, each built on those before it:

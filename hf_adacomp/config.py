@@ -14,7 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "adacomp"
 FORMAT_VERSION = 3
-"""Version of the file format that this release reads and writes."""
+OLD_VERSIONS = (1, 2)
+"""Version of the file format that this release reads and writes; those before, which it does not read."""
 
 AUTO = "auto"
 ANNEALS = ("exponential", "linear", "cosine")
@@ -40,21 +41,21 @@ class AdaCompConfig(QuantizationConfigMixin):
     ValueError: code_lengths must increase; got (8, 4): write (4, 8)
 
     Args:
-        code_lengths: Bits of each code-book, strictly increasing; every token ends up with one of these lengths. Or
+        code_lengths: Bits of codes, strictly increasing; every token ends up with one of these lengths. Or
             `"auto"`: the ladder that promises the least distortion for the table, its counts and `target_ratio`.
         target_ratio: Bytes of the dense float32 table over all stored bytes of the compressed one (codes, lengths,
-            code-books). The frozen lengths never exceed that size.
+            code-book). The frozen lengths never exceed that size.
         temperature_start: Gumbel-softmax temperature at the first step.
         temperature_end: Gumbel-softmax temperature when the lengths are frozen.
         anneal: Path between the two: `"exponential"`, `"linear"` or `"cosine"`.
         observe_fraction: Share of training, its beginning, in which the table computes with its source vectors while
             its use is observed: which tokens count, unless `token_counts` were given, and which directions of the
-            vectors the loss reacts to. Then the code-books are fitted. At least one step, unless both are known; 0 with
+            vectors the loss reacts to. Then the code-book is fitted. At least one step, unless both are known; 0 with
             `token_counts` starts from those alone.
         select_fraction: Share of training after which the lengths are frozen; the rest trains the codes of frozen
             lengths. Up to `observe_fraction` it keeps the lengths of the warm start.
-        tied: Whether the encoder's weights follow the code vectors (`F_k = s_k C_k`) or are learned apart.
-        orthogonality_weight: Weight of `|C_k C_k^T / scale - I|^2 / L_k`, averaged over the code-books.
+        tied: Whether the encoder's weights follow the code vectors (`F = s C M`) or are learned apart.
+        orthogonality_weight: Weight of `|C C^T / scale - I|^2 / L`.
         reconstruction_weight: Weight of the relative squared error of the decoded against the source vectors.
         codebook_dtype: How code vectors are stored: `"int4"` or `"int8"` (with one float scale a vector), `"float16"`,
             `"bfloat16"` or `"float32"`. Training sees the rounded values, so storing them costs nothing further.
@@ -119,10 +120,10 @@ class AdaCompConfig(QuantizationConfigMixin):
         if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed must be from 0 to {SEEDS - 1}; got {seed}")
         self.format_version = _integer("format_version", format_version)
-        if self.format_version == 1:
+        if self.format_version in OLD_VERSIONS:
             raise ValueError(
-                f"format_version=1 is of an hf_adacomp before its first release, which named the tensors otherwise "
-                f"(`coder`, `packed.lengths`): compress the dense model again, for format_version {FORMAT_VERSION}"
+                f"format_version={format_version} is of an hf_adacomp before its first release, which held a code-book "
+                f"for each code length: compress the dense model again, for format_version {FORMAT_VERSION}"
             )
         if self.format_version != FORMAT_VERSION:
             raise ValueError(

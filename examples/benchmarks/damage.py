@@ -30,8 +30,10 @@ def shortest_codes(
     """
     embedding = compress(model, config, counts).get_input_embeddings()
 
+    state = embedding.training_state
+
     def decoded() -> Tensor:
-        return embedding.books[0].reconstruct(embedding.training_state.source, embedding.training_state.metric)
+        return embedding.codebook.reconstruct(state.source, state.metric, embedding.config.ladder[0])
 
     euclidean = decoded()
     model.train()

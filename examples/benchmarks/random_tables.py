@@ -35,10 +35,10 @@ def random_table(tokens: int, dim: int) -> AdaptiveCompressedEmbedding:
     }
     table = empty_table(layout, CONFIG, torch.float32).to_empty(device="cpu")
     with torch.no_grad():
-        for book in table.books:
-            book.weight.copy_(bit_format.pack_nibbles(torch.randint(-7, 8, (book.length, dim), dtype=torch.int8)))
-            book.scale.fill_((book.length * dim) ** -0.5 / 4)
-            book.bias.normal_()
+        book = table.codebook
+        book.weight.copy_(bit_format.pack_nibbles(torch.randint(-7, 8, (book.length, dim), dtype=torch.int8)))
+        book.scale.fill_((book.length * dim) ** -0.5 / 4)
+        book.bias.normal_()
     assignment = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.uint8), torch.tensor(sizes)).flip(0)
     octets = sum(bit_format.group_bytes(sizes, LENGTHS))
     table.packed = PackedCodes.of(assignment, LENGTHS, torch.randint(0, 256, (octets,), dtype=torch.uint8))

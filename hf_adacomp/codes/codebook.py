@@ -208,7 +208,7 @@ class BinaryCodebook(nn.Module):
 
 
 def _store_as_decoded(book: BinaryCodebook, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
-    """Write float code-books in the dtype that decoding sees, while the parameters keep the model's to train on."""
+    """Write a float code-book in the dtype that decoding sees, while the parameters keep the model's to train on."""
     # A skeleton on the meta device is not saved but asked for the dtypes to load into.
     if book.packed and book.integer_bits is None and not book.bias.is_meta:
         for name in ("weight", "bias"):

@@ -23,7 +23,7 @@ def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes
         num_tokens: V.
         dim: Width d; the dense table takes 4 V d bytes.
         ladder: The n code lengths in bits, increasing.
-        codebook_bytes: Stored bytes of all code-books.
+        codebook_bytes: Stored bytes of the code-book.
         target_ratio: Dense bytes over stored bytes.
 
     Raises:
@@ -37,7 +37,7 @@ def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes
     if stored < fixed + least:
         raise ValueError(
             f"target_ratio={target_ratio:g} cannot be met for a table of {num_tokens} x {dim}: of the {stored} bytes "
-            f"that it leaves, code-books and lengths take {fixed} and the shortest codes {least}. The largest ratio "
+            f"that it leaves, code-book and lengths take {fixed} and the shortest codes {least}. The largest ratio "
             f"that fits is {int(100 * dense / (fixed + least)) / 100:g}; or choose fewer or shorter code_lengths than "
             f"{tuple(ladder)}"
         )

@@ -67,7 +67,7 @@ class Decoder:
                 self.vectors(block),
                 [parameters[i] for i in learning],
                 gradient[block],
-                retain_graph=True,  # code-books are made once for all blocks
+                retain_graph=True,  # the code-book is made once for all blocks
                 allow_unused=True,
             )
             for i, part in zip(learning, found, strict=True):

@@ -126,7 +126,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
 
         Args:
             fraction: Optimizer steps done over all steps, 0..1.
-            show_progress: Whether to draw a progress bar when code-books are fitted.
+            show_progress: Whether to draw a progress bar when the code-book is fitted.
         """
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction is the share of training that is done, between 0 and 1; got {fraction!r}")
@@ -156,7 +156,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
             self.check_ranks()
 
     def check_ranks(self) -> None:
-        """Raise ValueError if the processes of a training have come to different lengths or code-books."""
+        """Raise ValueError if the processes of a training have come to different lengths or code vectors."""
         state = self.require_training("check_ranks")
         tensors = {"lengths": state.assignment, **dict(self.codebook.named_parameters(prefix="codebook"))}
         check_agreement({name: checksum(tensor) for name, tensor in tensors.items()}, state.assignment.device)

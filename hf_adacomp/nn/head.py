@@ -22,7 +22,7 @@ KEPT_BITS = 1 << 26
 
 
 class CompressedHead(Borrower):
-    """An output head that is tied to a compressed table: logits from the same codes and code-books.
+    """An output head that is tied to a compressed table: logits from the same codes and code-book.
 
         logit_w = h . xhat_w = sum_{i < L_w} s_i (C h)_i + c . h        for the centred bits s of w
 

@@ -5,7 +5,7 @@ those g at the vectors of all look-ups and, where a tied head turns hidden state
 
     G = sum g g^T + sum |z|^2 h h^T        M = (R / mean(diag R) + I) / 2,  R = G^(1/2)
 
-an error e of a token's vector costs the loss about `e^T M e`: the metric M, in which code-books are fitted and code
+an error e of a token's vector costs the loss about `e^T M e`: the metric M, in which the code-book is fitted and code
 lengths chosen. It needs no occurrence of a token, so that tokens which the training never shows are judged too.
 
 Gradients tell of small errors: a few directions in which they are huge hold most of G (two of 384 hold 60 % of it in a

@@ -79,7 +79,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
     def warm_start(
         self, token_counts: Tensor | None = None, metric: Tensor | None = None, show_progress: bool = True
     ) -> None:
-        """Fit code-books and selection to the source table.
+        """Fit code-book and selection to the source table.
 
         Args:
             token_counts: Occurrences of each token in the training data, (V,), by which tokens weigh.
@@ -107,11 +107,11 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
 
     @property
     def cold(self) -> bool:
-        """Whether code-books are yet to be fitted, or to what was observed since they were."""
+        """Whether the code-book is yet to be fitted, or to what was observed since it was."""
         return self.training_state is not None and not self.training_state.warm
 
     def ensure_warm(self, show_progress: bool = True) -> None:
-        """Fit the code-books to what was observed so far, unless they are; a warning if nothing was counted yet."""
+        """Fit the code-book to what was observed so far, unless it is; a warning if nothing was counted yet."""
         if not self.cold:
             return
         if not self.token_counts().any():
@@ -123,7 +123,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.warm_start(metric=metric, show_progress=show_progress)
 
     def end_observation(self, show_progress: bool = True) -> None:
-        """Fit code-books and selection to what was observed so far; learn lengths from here on."""
+        """Fit code-book and selection to what was observed so far; learn lengths from here on."""
         self.ensure_warm(show_progress)
         self.require_training("end_observation").end_observation()
 

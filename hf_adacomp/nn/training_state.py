@@ -76,7 +76,7 @@ class TrainingState(nn.Module):
 
     @property
     def warm(self) -> bool:
-        """Whether the code-books hold a fit of the source table."""
+        """Whether the code-book holds a fit of the source table."""
         return bool(self.warm_started)
 
     @property

@@ -105,7 +105,7 @@ def test_file_holds_the_documented_tensors_and_the_reported_bytes(packed_bert, t
     assert (tmp_path / "model.safetensors").stat().st_size == header + total
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert stored["quant_method"] == "adacomp"
-    assert stored["format_version"] == 2
+    assert stored["format_version"] == 3
     assert sum(stored["tables"]["bert.embeddings.word_embeddings"]["tokens_per_length"]) == VOCABULARY
 
 
