@@ -36,11 +36,18 @@ from .. import compat
 BLOCK = 32
 """Tokens that share one row of prefix counts; a multiple of 8, so that their length indices fill whole bytes."""
 
+NO_BYTE = 256
+"""Stands for the bytes behind the end of a code."""
+
 
 def centred_bytes(device: torch.device | str | None = None) -> Tensor:
-    """The bits of every byte, -1/2 or 1/2, float32 (256, 8): four times as fast to look up as to shift out."""
-    octets = torch.arange(256, device=device, dtype=torch.int32)
-    return shifted(octets[:, None], torch.arange(8, device=device, dtype=torch.int32), 1).to(torch.float32) - 0.5
+    """The bits of every byte, -1/2 or 1/2, and zeros where there is none, float32 (257, 8).
+
+    Looking them up is four times as fast as shifting bits out.
+    """
+    octets = torch.arange(NO_BYTE, device=device, dtype=torch.int32)
+    bits = shifted(octets[:, None], torch.arange(8, device=device, dtype=torch.int32), 1)
+    return F.pad(bits.to(torch.float32) - 0.5, (0, 0, 0, 1))
 
 
 def shifted(values: Tensor, places: Tensor | int, mask: int) -> Tensor:
@@ -79,21 +86,25 @@ def pack_bits(rows: Tensor) -> Tensor:
     return (flat << place).sum(dim=1, dtype=torch.uint8)
 
 
-def centred_bits(packed: Tensor, starts: Tensor, length: int, octets: Tensor | None) -> Tensor:
-    """`length` bits from each of some places on: uint8 (B,), int64 (N,) -> -1/2 or 1/2, float32 (N, length).
+def centred_bits(packed: Tensor, starts: Tensor, lengths: Tensor, longest: int, octets: Tensor | None) -> Tensor:
+    """Codes as centred bits: -1/2 or 1/2, and 0 where a code has ended; float32 (N, longest).
 
     Args:
-        packed: Bits as `pack_bits` leaves them.
-        starts: In bits.
-        length: May run beyond the last byte, with any bits there.
-        octets: `centred_bytes()`, made once by the caller, if starts and length are multiples of 8.
+        packed: Codes as `pack_bits` leaves them, uint8 (B,).
+        starts: Where each code begins, in bits, (N,).
+        lengths: Of each code, in bits, (N,).
+        longest: At least the longest of them.
+        octets: `centred_bytes()`, made once by the caller, if starts, lengths and longest are multiples of 8.
     """
     step = 1 if octets is None else 8
-    position = starts[:, None] + torch.arange(0, length, step, device=packed.device)
-    found = packed[torch.div(position, 8, rounding_mode="floor").clamp_max(len(packed) - 1)].to(torch.int32)
+    place = torch.arange(0, longest, step, device=packed.device)
+    position = torch.div(starts[:, None] + place, 8, rounding_mode="floor")
+    found = packed[position.clamp_max(len(packed) - 1)].to(torch.int32)
+    ended = place >= lengths[:, None]
     if octets is not None:
-        return F.embedding(found, octets).view(-1, length)
-    return shifted(found, (position % 8).to(torch.int32), 1).to(torch.float32) - 0.5
+        return F.embedding(found.masked_fill(ended, NO_BYTE), octets).view(-1, longest)
+    bits = shifted(found, ((starts[:, None] + place) % 8).to(torch.int32), 1).to(torch.float32) - 0.5
+    return bits.masked_fill(ended, 0)
 
 
 def whole_bytes(packed: Tensor, length: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..compat import KeptDtype
 from .bits import (
     BLOCK,
@@ -57,6 +58,7 @@ class PackedCodes(KeptDtype):
         self.num_tokens, self.ladder = num_tokens, tuple(ladder)
         self.tokens_per_length = tuple(tokens_per_length)
         self._order: Tensor | None = None  # sorted when it is first asked for
+        self._located: tuple[Tensor, Tensor] | None = None
         self._index_bits = num_tokens * index_bits(len(ladder))
         self._whole_bytes = not any(length % 8 for length in ladder)
         self._group_bytes = group_bytes(tokens_per_length, ladder)
@@ -80,12 +82,12 @@ class PackedCodes(KeptDtype):
 
     def resized(self, kept: Tensor, new_codes: Tensor) -> PackedCodes:
         """A copy for some tokens, int64 (K,), in that order, and new ones with centred bits (N, L), of the longest."""
-        lengths, places = self.locate(kept)
+        lengths, starts = self.locate(kept)
         longest = torch.full((len(new_codes),), len(self.ladder) - 1, dtype=torch.uint8, device=lengths.device)
         groups = []
         for k, length in enumerate(self.ladder):
             own = lengths == k
-            bits = self.centred(lengths[own], places[own], length) > 0
+            bits = self.centred(lengths[own], starts[own], length) > 0
             groups.append(pack_bits(bits if k < len(self.ladder) - 1 else torch.cat([bits, new_codes > 0])))
         return PackedCodes.of(torch.cat([lengths, longest]), self.ladder, torch.cat(groups))
 
@@ -101,17 +103,38 @@ class PackedCodes(KeptDtype):
 
     def places(self) -> Tensor:
         """Where every token's code is in the order of `codes`, int64 (V,); no sort, which exporters do not know."""
-        lengths, inside = self.locate(torch.arange(self.num_tokens, device=self.codes.device))
+        lengths, inside = self._locate(torch.arange(self.num_tokens, device=self.codes.device))
         starts = [sum(self.tokens_per_length[:k]) for k in range(len(self.ladder))]
         return torch.tensor(starts, device=inside.device)[lengths.to(torch.int64)] + inside
 
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Length index, uint8 (N,), and place inside its group, int64 (N,), of each of `tokens`."""
+        """Length index, uint8 (N,), and first bit of the code, int64 (N,), of each of `tokens`.
+
+        From an index of all tokens, 9 bytes each, which is made when it is first asked for; graphs, whose constants
+        are stored, do without.
+        """
+        if compat.is_traced():
+            lengths, inside = self._locate(tokens)
+            bits, starts = self.groups[:, lengths.to(torch.int64)]
+            return lengths, starts + inside * bits
+        if self._located is None or self._located[0].device != self.codes.device:
+            order, assignment = self.order(), self.assignment()
+            bits, starts = self.groups[:, assignment.to(torch.int64)]
+            first = torch.tensor(
+                [sum(self.tokens_per_length[:k]) for k in range(len(self.ladder))], device=order.device
+            )
+            inside = torch.empty_like(order)
+            inside[order] = torch.arange(len(order), device=order.device)
+            inside -= first[assignment.to(torch.int64)]
+            self._located = assignment, starts + inside * bits
+        return self._located[0][tokens], self._located[1][tokens]
+
+    def _locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return locate(self.length_indices, self.ranks, tokens)
 
     def index(self) -> None:
         """Derive what is not stored; due whenever the length indices change."""
-        self._order = None
+        self._order = self._located = None
         self.octets = centred_bytes(self.codes.device)
         starts = [8 * sum(self._group_bytes[:k]) for k in range(len(self.ladder))]
         self.groups = torch.tensor([self.ladder, starts], device=self.codes.device)
@@ -119,16 +142,10 @@ class PackedCodes(KeptDtype):
         assignment = self.assignment().clamp_max(len(self.ladder) - 1)
         self.ranks = block_ranks(assignment, len(self.ladder))
 
-    def centred(self, lengths: Tensor, places: Tensor, longest: int) -> Tensor:
-        """Centred bits of the codes at places of groups, as `locate` tells them: (N,), (N,) -> float32 (N, longest).
-
-        -1/2 or 1/2, and 0 where a code has ended; none is longer than `longest`.
-        """
-        bits, starts = self.groups[:, lengths.to(torch.int64)]
+    def centred(self, lengths: Tensor, starts: Tensor, longest: int) -> Tensor:
+        """Centred bits of codes, as `locate` tells them: (N,), (N,) -> float32 (N, longest); none is longer."""
         octets = self.octets if self._whole_bytes else None
-        found = centred_bits(self.codes, starts + places * bits, longest, octets)
-        inside: Tensor = torch.arange(longest, device=bits.device) < bits[:, None]
-        return found * inside
+        return centred_bits(self.codes, starts, self.groups[0][lengths.to(torch.int64)], longest, octets)
 
     def group(self, k: int) -> Tensor:
         """The bytes of the codes of the k-th length, uint8."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
-from ..codes.bits import centred_bits, whole_bytes
+from ..codes.bits import NO_BYTE, centred_bits, whole_bytes
 from ..codes.packed import PackedCodes
 from .decoding import Decoder, SourceVectors
 from .embedding import AdaptiveCompressedEmbedding
@@ -92,7 +92,7 @@ class CompressedHead(Borrower):
         bias = F.linear(book.bias.float()[None], rows)
         # Scores of all values of each byte of a code, one table a byte.
         whole = max((length // 8 for length in codes.ladder if length % 8 == 0), default=0)
-        tables = (codes.octets @ scores[: 8 * whole].view(whole, 8, -1)).view(256 * whole, -1)
+        tables = (codes.octets[:NO_BYTE] @ scores[: 8 * whole].view(whole, 8, -1)).view(NO_BYTE * whole, -1)
         by_length = [
             self._sums(codes.group(k), tokens, length, scores, tables) + bias
             for k, (length, tokens) in enumerate(zip(codes.ladder, codes.tokens_per_length, strict=True))
@@ -111,10 +111,13 @@ class CompressedHead(Borrower):
         """Logits of a group of codes but for the bias, (tokens, N), from scores of bits (L, N) and of bytes."""
         step = max(1, BITS_PER_BLOCK // length)
         if length % 8:
-            blocks = torch.arange(0, tokens * length, length, device=scores.device).split(step)
-            sums = [centred_bits(codes, block, length, None) @ scores[:length] for block in blocks]
+            starts = torch.arange(0, tokens * length, length, device=scores.device)
+            bits = (
+                centred_bits(codes, part, torch.full_like(part, length), length, None) for part in starts.split(step)
+            )
+            sums = [block @ scores[:length] for block in bits]
         else:
-            first = torch.arange(length // 8, device=scores.device, dtype=torch.int32) * 256
+            first = torch.arange(length // 8, device=scores.device, dtype=torch.int32) * NO_BYTE
             blocks = whole_bytes(codes, length).split(step)
             sums = [F.embedding_bag(block + first, tables, mode="sum") for block in blocks]
         return torch.cat(sums)

@@ -141,7 +141,8 @@ def test_loading_other_codes_forgets_the_old_places():
     other.length_indices.copy_(pack_assignment(torch.tensor([1, 0, 0, 2, 1]), 3))
     module.load_state_dict(other.state_dict())
     assert module.locate(torch.arange(5))[0].tolist() == [1, 0, 0, 2, 1]
-    assert module.locate(torch.arange(5))[1].tolist() == [0, 0, 1, 0, 1]
+    assert module.places().tolist() == [2, 0, 1, 4, 3]
+    assert module.locate(torch.arange(5))[1].tolist() == [8, 0, 3, 24, 13]
 
 
 def test_a_file_holds_lengths_and_codes_and_no_ranks():
