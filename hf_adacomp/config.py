@@ -59,8 +59,8 @@ class AdaCompConfig(QuantizationConfigMixin):
         reconstruction_weight: Weight of the relative squared error of the decoded against the source vectors.
         codebook_dtype: How code vectors are stored: `"int4"` or `"int8"` (with one float scale a vector), `"float16"`,
             `"bfloat16"` or `"float32"`. Training sees the rounded values, so storing them costs nothing further.
-        selection_gain: Factor between the selector's parameters and its logits: an optimizer step of `lr` moves a
-            logit by about `selection_gain * lr`, which lets one learning rate serve the model and the selector.
+        selection_reach: How far a logit of the selection comes in all, from `observe_fraction` to `select_fraction`, if
+            its gradient keeps its sign; whatever optimizer and learning rate the model has.
         significance: Whether errors of vectors are measured by how the loss reacts to their direction, as observed in
             training; if not, or without training, all directions count alike.
         head: For models whose output head is tied to the table: `"compress"` computes logits from the same codes,
@@ -86,7 +86,7 @@ class AdaCompConfig(QuantizationConfigMixin):
         orthogonality_weight: float = 0.01,
         reconstruction_weight: float = 0.1,
         codebook_dtype: str = "int4",
-        selection_gain: float = 400.0,
+        selection_reach: float = 8.0,
         significance: bool = True,
         head: str = "compress",
         seed: int = 0,
@@ -113,7 +113,7 @@ class AdaCompConfig(QuantizationConfigMixin):
         self.orthogonality_weight = _number("orthogonality_weight", orthogonality_weight, least=0)
         self.reconstruction_weight = _number("reconstruction_weight", reconstruction_weight, least=0)
         self.codebook_dtype = _choice("codebook_dtype", codebook_dtype, CODEBOOK_DTYPES)
-        self.selection_gain = _number("selection_gain", selection_gain, above=0)
+        self.selection_reach = _number("selection_reach", selection_reach, above=0)
         self.significance = _boolean("significance", significance)
         self.head = _choice("head", head, HEADS)
         self.seed = _integer("seed", seed)

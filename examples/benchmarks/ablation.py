@@ -29,8 +29,8 @@ VARIANTS = (
     "learned:anneal=cosine",
     "learned:temperature_start=0.3",
     "learned:temperature_end=1.0",
-    "learned:selection_gain=100",
-    "learned:selection_gain=1600",
+    "learned:selection_reach=2",
+    "learned:selection_reach=32",
 )
 """The defaults, and one or two changes to them."""
 

@@ -21,7 +21,7 @@ from ..nn.head import CompressedHead
 from ..nn.sharing import SharedEmbedding
 from ..nn.table import GUARD
 
-SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_gain")
+SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_reach")
 """What a table's vectors and logits depend on besides its layout; the rest matters to training alone."""
 
 MOST_TOKENS = 2**31 - 1

@@ -13,21 +13,11 @@ from .budget import assign_lengths
 SHARPNESS = 4.0
 """Logits that separate the longest from the shortest code at the warm start by their price alone."""
 
+LARGEST_EXCESS = float(__import__("os").environ.get("CAP", "inf"))
+"""Logits that a length is behind a token's best at most: further apart, no gradient would tell them."""
 
-class _Amplify(torch.autograd.Function):
-    """`gain * x` whose gradient is that of `x`.
-
-    Adam takes steps of the learning rate whatever the gradient's scale, so a factor in the forward pass alone raises
-    the effective rate of the logits, and the Trainer's gradient clipping is not filled up by the selector.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: float) -> Tensor:
-        return gain * x
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        return grad[0], None
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Of Adam, by which offsets are learned."""
 
 
 def gumbel_noise(tokens: int, lengths: int, seed: int, device: torch.device) -> Tensor:
@@ -39,40 +29,48 @@ def gumbel_noise(tokens: int, lengths: int, seed: int, device: torch.device) -> 
 class LengthSelector(KeptDtype):
     """Logits over n code lengths for each of V tokens, float32 whatever the model is.
 
-        a_{w,k} = -cost_{w,k} - price * L_k + gain * offset_{w,k}
+        a_{w,k} = -cost_{w,k} - price * L_k + offset_{w,k}
 
     `cost` is the warm start's weighted distortion and `offset` is learned on the task. `price`, the Lagrange
     multiplier of the stored bits, is solved rather than tuned: it is the least price at which the most likely lengths
     fit the size.
 
+    Offsets are learned by steps of their own, not the optimizer's: how far logits come must not hang on a learning
+    rate that suits the model, nor on how many steps there are.
+
     Args:
         num_tokens: V.
         ladder: The n code lengths in bits, increasing.
-        gain: Factor between the parameter and the logits.
+        reach: How far a logit comes in all if its gradient keeps its sign.
     """
 
     cost: Tensor
     price: Tensor
+    mean: Tensor
+    square: Tensor
+    steps: Tensor
 
     def __init__(
         self,
         num_tokens: int,
         ladder: tuple[int, ...],
-        gain: float,
+        reach: float,
         *,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.ladder, self.gain = ladder, gain
+        self.ladder, self.reach = ladder, reach
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
         self.offset = nn.Parameter(torch.zeros(num_tokens, len(ladder), **options))
         self.register_buffer("cost", torch.zeros(num_tokens, len(ladder), **options))
+        for moment in ("mean", "square"):
+            self.register_buffer(moment, torch.zeros(num_tokens, len(ladder), **options))
+        self.register_buffer("steps", torch.zeros((), device=device, dtype=torch.int64))
         self.register_buffer("price", torch.full((), SHARPNESS / ladder[-1], **options))
 
     def scores(self, tokens: Tensor | slice = slice(None)) -> Tensor:
         """Logits before the price, (tokens, n)."""
-        learned: Tensor = _Amplify.apply(self.offset[tokens], self.gain)  # type: ignore[no-untyped-call]
-        return learned - self.cost[tokens]
+        return self.offset[tokens] - self.cost[tokens]
 
     def forward(self, tokens: Tensor, temperature: float, noise: Tensor) -> Tensor:
         """Gumbel-softmax sample of each token, (N,) -> (N, n), rows on the simplex (Jang et al. 2017).
@@ -95,9 +93,25 @@ class LengthSelector(KeptDtype):
         saved = float((distortion[:, 0] - distortion[:, -1]).mean()) / max(1, self.ladder[-1] - self.ladder[0])
         reference = price or saved
         scale = SHARPNESS / (reference * self.ladder[-1]) if reference > 0 else 1.0
-        self.cost.copy_(distortion * scale)
+        charged = distortion * scale + price * scale * ladder
+        best = charged.amin(dim=1, keepdim=True)
+        self.cost.copy_(charged.minimum(best + LARGEST_EXCESS) - price * scale * ladder)
         self.offset.zero_()
         self.price.fill_(price * scale)
+
+    @torch.no_grad()
+    def learn(self, share: float) -> None:
+        """A step of Adam (Kingma, Ba 2015; arXiv 1412.6980) by a share of the reach; the gradient is used up."""
+        gradient, self.offset.grad = self.offset.grad, None
+        if gradient is None:
+            return
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - BETAS[0])
+        self.square.lerp_(gradient.square(), 1 - BETAS[1])
+        mean, square = (
+            moment / (1 - beta ** int(self.steps)) for moment, beta in zip((self.mean, self.square), BETAS, strict=True)
+        )
+        self.offset -= self.reach * share * mean / (square.sqrt() + EPSILON)
 
     @torch.no_grad()
     def solve(self, budget: int) -> tuple[Tensor, float]:

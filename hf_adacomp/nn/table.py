@@ -56,6 +56,10 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.packed: PackedCodes | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_form)  # type: ignore[no-untyped-call]  # torch's
 
+    def book(self, k: int) -> BinaryCodebook:
+        """The code-book of the k-th code length: one serves all. Scripts of before ask for it."""
+        return self.codebook
+
     @property
     def coder(self) -> TrainingState | None:
         """`training_state`, as it was called first; scripts ask for it."""

@@ -47,7 +47,7 @@ class TrainingState(nn.Module):
         options: dict[str, Any] = {"device": source.device}
         self.register_buffer("source", source)
         self.observation = Observation(*source.shape, **options)
-        self.selector = LengthSelector(len(source), config.ladder, config.selection_gain, **options)
+        self.selector = LengthSelector(len(source), config.ladder, config.selection_reach, **options)
         self.register_buffer("assignment", torch.zeros(len(source), dtype=torch.uint8, **options))
         self.register_buffer("stage", torch.tensor(OBSERVE, dtype=torch.uint8, **options))
         self.register_buffer("warm_started", torch.zeros((), dtype=torch.uint8, **options))
@@ -161,8 +161,11 @@ class TrainingState(nn.Module):
 
     def advance(self, fraction: float, budget: int) -> None:
         """Take note that a share `fraction` of training is done: progress, price, and the freeze when it is due."""
+        done = max(0, int(self.progress)) / PROGRESS_UNIT
         self.progress.fill_(round(fraction * PROGRESS_UNIT))
         if self.phase == "select":
+            selecting = self.config.select_fraction - self.config.observe_fraction
+            self.selector.learn(min(1.0, (fraction - done) / selecting) if selecting > 0 else 0.0)
             self.selector.price.fill_(self.settle(budget))
             if phase_at(int(self.progress) / PROGRESS_UNIT, self.config.select_fraction) == "encode":
                 self.stage.fill_(ENCODE)

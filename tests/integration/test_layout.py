@@ -125,7 +125,7 @@ def test_every_field_is_needed_and_sealed(table):
         {"head": "dense"},
         {"tied": False},
         {"target_ratio": 11},
-        {"selection_gain": 1},
+        {"selection_reach": 1},
     ],
 )
 def test_settings_that_vectors_depend_on_are_sealed(table, changes):

@@ -10,12 +10,13 @@ LENGTHS = (4, 8, 20)
 def in_double(module: LengthSelector) -> LengthSelector:
     """With float64 tensors, for exact comparisons; casting the module would leave it as it is."""
     module.offset = torch.nn.Parameter(module.offset.detach().double())
-    module.cost, module.price = module.cost.double(), module.price.double()
+    for name in ("cost", "price", "mean", "square"):
+        setattr(module, name, getattr(module, name).double())
     return module
 
 
-def selector(tokens=50, gain=1.0) -> LengthSelector:
-    module = in_double(LengthSelector(tokens, LENGTHS, gain))
+def selector(tokens=50, reach=8.0) -> LengthSelector:
+    module = in_double(LengthSelector(tokens, LENGTHS, reach))
     with torch.no_grad():
         module.cost.uniform_(0, 3)
         module.offset.normal_()
@@ -47,17 +48,34 @@ def test_gradient_of_a_sample_matches_finite_differences():
     assert gradcheck(lambda _: module(tokens, 0.7, noise(2)), (module.offset,))
 
 
-def test_gain_moves_logits_but_not_gradients():
-    small, large = selector(gain=1.0), selector(gain=400.0)
-    large.load_state_dict(small.state_dict())
-    with torch.no_grad():
-        large.offset.zero_()
-        small.offset.zero_()
-    gradients = [torch.autograd.grad(m.scores(torch.tensor([1]))[0, 2], m.offset)[0] for m in (small, large)]
-    assert torch.equal(*gradients)
-    with torch.no_grad():
-        large.offset[1, 2] = 0.01
-    assert (large.scores()[1, 2] + large.cost[1, 2]).item() == pytest.approx(4.0)
+@pytest.mark.parametrize("steps", [5, 60])
+def test_a_gradient_that_keeps_its_sign_moves_a_logit_by_the_reach_however_many_steps(steps):
+    module = selector(reach=8.0)
+    before = module.offset.detach().clone()
+    for _ in range(steps):
+        module.offset.grad = torch.zeros_like(module.offset)
+        module.offset.grad[1, 2], module.offset.grad[2, 0] = -1e-3, 50.0
+        module.learn(1 / steps)
+        assert module.offset.grad is None
+    moved = module.offset - before
+    assert moved[1, 2].item() == pytest.approx(8, rel=1e-3)
+    assert moved[2, 0].item() == pytest.approx(-8, rel=1e-3)
+    assert moved.count_nonzero() == 2
+
+
+def test_steps_are_those_of_adam():
+    module, steps = selector(reach=0.5), 7
+    twin = torch.nn.Parameter(module.offset.detach().clone())
+    optimizer = torch.optim.Adam([twin], lr=0.5 / steps)
+    for _ in range(steps):
+        module.offset.grad = torch.randn_like(twin)
+        twin.grad = module.offset.grad.clone()
+        module.learn(1 / steps)
+        optimizer.step()
+    assert torch.allclose(module.offset, twin)
+    before = module.offset.detach().clone()
+    module.learn(1.0)  # without a gradient there is nothing to learn
+    assert torch.equal(module.offset, before)
 
 
 def test_samples_follow_the_logits():
@@ -69,7 +87,7 @@ def test_samples_follow_the_logits():
 
 
 def test_costs_are_scaled_to_the_price_and_meet_the_size():
-    module = selector(tokens=200, gain=400.0)
+    module = selector(tokens=200)
     distortion = torch.rand(200, 1) * torch.tensor([[9.0, 5.0, 1.0]]) * 1e-4
     module.set_cost(distortion, 200 * 10)
     assert float(module.price) * LENGTHS[-1] == pytest.approx(SHARPNESS)
@@ -80,34 +98,35 @@ def test_costs_are_scaled_to_the_price_and_meet_the_size():
 
 
 def test_learned_offsets_move_lengths_within_the_same_size():
-    module = selector(tokens=200, gain=400.0)
+    module = selector(tokens=200)
     module.set_cost(torch.rand(200, 1) * torch.tensor([[9.0, 5.0, 1.0]]), 200 * 10)
     before, _ = module.solve(200 * 10)
     token = int((before == 0).nonzero()[0])
     with torch.no_grad():
-        module.offset[token, 2] += 0.05  # 20 logits
+        module.offset[token, 2] += 20
     after, _ = module.solve(200 * 10)
     assert after[token] == 2
     assert torch.tensor(LENGTHS)[after].sum() <= 200 * 10
 
 
 def test_a_size_that_does_not_bind_keeps_costs_comparable_to_noise():
-    module = selector(tokens=200, gain=400.0)
+    module = selector(tokens=200)
     module.set_cost(torch.rand(200, 1) * torch.tensor([[9.0, 5.0, 1.0]]) * 1e-4, 200 * LENGTHS[-1])
     assert float(module.price) == 0
     gap = (module.cost[:, 0] - module.cost[:, -1]).mean()
     assert gap.item() == pytest.approx(SHARPNESS * (LENGTHS[-1] - LENGTHS[0]) / LENGTHS[-1])
-    single = LengthSelector(5, (8,), 400.0)
+    single = LengthSelector(5, (8,), 8.0)
     single.set_cost(torch.rand(5, 1), 40)
     assert torch.isfinite(single.cost).all()
 
 
 def test_starts_without_preference_at_the_longest_codes_price():
-    module = LengthSelector(6, LENGTHS, 400.0)
-    assert (module.gain, module.ladder) == (400.0, LENGTHS)
-    assert {name: tensor.dtype for name, tensor in module.state_dict().items()} == dict.fromkeys(
-        ("offset", "cost", "price"), torch.float32
-    )
+    module = LengthSelector(6, LENGTHS, 8.0)
+    assert (module.reach, module.ladder) == (8.0, LENGTHS)
+    assert {name: tensor.dtype for name, tensor in module.state_dict().items()} == {
+        **dict.fromkeys(("offset", "cost", "price", "mean", "square"), torch.float32),
+        "steps": torch.int64,
+    }
     assert float(module.price) == pytest.approx(SHARPNESS / LENGTHS[-1])
     assert not module.offset.any()
     assert not module.cost.any()
@@ -117,13 +136,13 @@ def test_starts_without_preference_at_the_longest_codes_price():
 
 def test_everything_stays_on_its_device():
     """Meta tensors refuse to meet tensors of another device, so that one machine stands for all."""
-    module = LengthSelector(6, LENGTHS, 400.0, device="meta")
+    module = LengthSelector(6, LENGTHS, 8.0, device="meta")
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
     assert module(torch.zeros(2, dtype=torch.int64, device="meta"), 0.5, torch.zeros(2, 3, device="meta")).is_meta
 
 
 def test_costs_keep_their_proportions_and_learned_offsets_are_forgotten():
-    module = selector(tokens=200, gain=400.0)
+    module = selector(tokens=200)
     distortion = torch.rand(200, 3).sort(dim=1, descending=True).values
     module.set_cost(distortion, 200 * 10)
     ratio = module.cost / distortion
@@ -149,10 +168,11 @@ def test_price_of_a_size_that_does_not_bind_is_what_a_bit_saves():
 
 
 def test_stays_float32_when_the_model_is_cast():
-    module = LengthSelector(5, LENGTHS, 400.0)
+    module = LengthSelector(5, LENGTHS, 8.0)
+    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
     with torch.no_grad():
         module.offset.fill_(1 + 2**-20)
     for cast in (module.to(torch.bfloat16), module.half(), module.double()):
-        assert {tensor.dtype for tensor in cast.state_dict().values()} == {torch.float32}
+        assert {name: tensor.dtype for name, tensor in cast.state_dict().items()} == dtypes
         assert (cast.offset == 1 + 2**-20).all()
     assert module.to("meta").offset.is_meta
