@@ -111,7 +111,7 @@ class LengthSelector(KeptDtype):
         mean, square = (
             moment / (1 - beta ** int(self.steps)) for moment, beta in zip((self.mean, self.square), BETAS, strict=True)
         )
-        self.offset -= self.reach * share * mean / (square.sqrt() + EPSILON)
+        self.offset.sub_(self.reach * share * mean / (square.sqrt() + EPSILON))
 
     @torch.no_grad()
     def solve(self, budget: int) -> tuple[Tensor, float]:
