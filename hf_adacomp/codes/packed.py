@@ -110,24 +110,34 @@ class PackedCodes(KeptDtype):
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Length index, uint8 (N,), and first bit of the code, int64 (N,), of each of `tokens`.
 
-        From an index of all tokens, 9 bytes each, which is made when it is first asked for; graphs, whose constants
-        are stored, do without.
+        From an index of all tokens, which is kept once it was asked for; graphs, whose constants are stored, do
+        without.
         """
         if compat.is_traced():
             lengths, inside = self._locate(tokens)
             bits, starts = self.groups[:, lengths.to(torch.int64)]
             return lengths, starts + inside * bits
         if self._located is None or self._located[0].device != self.codes.device:
-            order, assignment = self.order(), self.assignment()
-            bits, starts = self.groups[:, assignment.to(torch.int64)]
-            first = torch.tensor(
-                [sum(self.tokens_per_length[:k]) for k in range(len(self.ladder))], device=order.device
-            )
-            inside = torch.empty_like(order)
-            inside[order] = torch.arange(len(order), device=order.device)
-            inside -= first[assignment.to(torch.int64)]
-            self._located = assignment, starts + inside * bits
-        return self._located[0][tokens], self._located[1][tokens]
+            lengths, inside = self._locate_all()
+            bits, starts = self.groups[:, lengths.to(torch.int64)]
+            small = 8 * len(self.codes) < torch.iinfo(torch.int32).max
+            self._located = lengths, (starts + inside * bits).to(torch.int32 if small else torch.int64)
+        lengths, starts = self._located
+        return lengths[tokens], starts[tokens].to(torch.int64)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept now besides the tensors of the file."""
+        kept = (*(self._located or ()), *(() if self._order is None else (self._order,)))
+        return sum(tensor.nbytes for tensor in kept)
+
+    def _locate_all(self) -> tuple[Tensor, Tensor]:
+        assignment = self.assignment()
+        inside = torch.empty(len(assignment), dtype=torch.int64, device=assignment.device)
+        for k in range(len(self.ladder)):
+            own = (assignment == k).nonzero().squeeze(1)
+            inside[own] = torch.arange(len(own), device=own.device)
+        return assignment, inside
 
     def _locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return locate(self.length_indices, self.ranks, tokens)
