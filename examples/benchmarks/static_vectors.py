@@ -1,22 +1,25 @@
 """Train an LSTM on static word vectors, compress their table on the same task, reload it and compare the two.
 
-The paper's own setting. Words without a vector are dropped.
+The paper's own setting: the vocabulary is the words of the training texts. Words without a vector are dropped.
 
 python examples/benchmarks/static_vectors.py --vectors_file word2vec.npz \\
     --train_file train.tsv --test_file test.tsv --column_names label text
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
 from comparison import CompressionArguments, ShortTrainingArguments, Task, compare, parse
 from labelled_texts import DataTrainingArguments, load_splits, tokenize
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from token_classification import TaggingArguments, read_conllu, token_classification
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast
-from word_vector_classifier import WordVectorClassifier, WordVectorConfig
+from word_vector_models import WordVectorClassifier, WordVectorConfig, WordVectorModel, WordVectorTagger
 
-PAD, UNKNOWN = "[PAD]", "[UNK]"
+SPECIAL = PAD, UNKNOWN, SEPARATOR = "[PAD]", "[UNK]", "[SEP]"
 
 
 @dataclass
@@ -34,11 +37,14 @@ def read_vectors(file: str) -> tuple[list[str], torch.Tensor]:
 
 
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """Splits at white space; the ids follow the order of `words`, after padding and the unknown word."""
-    vocabulary = {word: index for index, word in enumerate([PAD, UNKNOWN, *words])}
+    """Splits at white space; the ids follow the order of `words`, after special ones; two texts are one, separated."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair=f"$A {SEPARATOR} $B", special_tokens=[(SEPARATOR, vocabulary[SEPARATOR])]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, model_input_names=["input_ids", "attention_mask"]
     )
@@ -50,25 +56,53 @@ def drop_unknown(row: dict[str, list], unknown: int) -> dict[str, list]:
     return {"input_ids": known, "attention_mask": [1] * len(known)}
 
 
+def words_of(texts: Iterable[str], words: list[str]) -> list[str]:
+    """Those of `words` that occur in the texts, in the same order."""
+    found = {word for text in texts for word in text.lower().split()}
+    return [word for word in words if word in found]
+
+
+def lstm(kind: type[WordVectorModel], words: list[str], vectors: torch.Tensor, labels: list[str]) -> WordVectorModel:
+    """A model on the vectors of these words; those of special tokens are zero."""
+    config = WordVectorConfig(
+        vocab_size=len(SPECIAL) + len(words), vector_size=vectors.shape[1], id2label=dict(enumerate(labels))
+    )
+    model = kind(config)
+    with torch.no_grad():
+        model.embeddings.weight.zero_()
+        model.embeddings.weight[len(SPECIAL) :] = vectors
+    return model
+
+
+def vectors_for(texts: Iterable[str], file: str) -> tuple[list[str], torch.Tensor]:
+    """The words of the texts that have a vector, and those, (V, d)."""
+    known, vectors = read_vectors(file)
+    words = words_of(texts, known)
+    places = {word: place for place, word in enumerate(known)}
+    return words, vectors[[places[word] for word in words]]
+
+
 def static_vectors(vector_args: VectorArguments, data_args: DataTrainingArguments, seed: int) -> Task:
     """The classification task of these files for an LSTM on these word vectors."""
-    words, vectors = read_vectors(vector_args.vectors_file)
+    raw = load_splits(data_args, seed)
+    columns = data_args.text_column_names or ["text"]
+    words, vectors = vectors_for(chain(*(raw["train"][column] for column in columns)), vector_args.vectors_file)
     tokenizer = word_tokenizer(words)
-    splits, labels = tokenize(load_splits(data_args, seed), tokenizer, data_args, vector_args.max_seq_length)
+    splits, labels = tokenize(raw, tokenizer, data_args, vector_args.max_seq_length)
     splits = splits.map(drop_unknown, fn_kwargs={"unknown": tokenizer.unk_token_id}, desc="Dropping unknown words")
-
-    def new_model() -> PreTrainedModel:
-        config = WordVectorConfig(
-            vocab_size=len(tokenizer), vector_size=vectors.shape[1], id2label=dict(enumerate(labels))
-        )
-        model = WordVectorClassifier(config)
-        with torch.no_grad():
-            model.embeddings.weight[:2] = 0
-            model.embeddings.weight[2:] = vectors
-        return model
-
     collator = DataCollatorWithPadding(tokenizer)
-    return Task(splits, labels, tokenizer, new_model, collator)
+    return Task(splits, labels, tokenizer, lambda: lstm(WordVectorClassifier, words, vectors, labels), collator)
+
+
+def static_tagging(vector_args: VectorArguments, tagging_args: TaggingArguments, seed: int) -> Task:
+    """The tagging task of these files for an LSTM on these word vectors; unknown words are tagged, too."""
+    texts = (" ".join(words) for words in read_conllu(tagging_args.train_file)["words"])
+    words, vectors = vectors_for(texts, vector_args.vectors_file)
+
+    def new_model(labels: list[str]) -> PreTrainedModel:
+        return lstm(WordVectorTagger, words, vectors, labels)
+
+    return token_classification(tagging_args, seed, word_tokenizer(words), new_model)
 
 
 def main(arguments: list[str] | None = None) -> dict:

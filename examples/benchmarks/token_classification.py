@@ -5,7 +5,7 @@ python examples/benchmarks/token_classification.py --train_file train.conllu.gz 
 """
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from comparison import CompressionArguments, ShortTrainingArguments, Task, compare, parse
@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForTokenClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 UPOS_COLUMN = 3
@@ -53,10 +54,19 @@ def read_conllu(file: str) -> Dataset:
     return Dataset.from_list(list(sentences()))
 
 
-def token_classification(args: TaggingArguments, seed: int) -> Task:
-    """The tagging task of these files; the first token of a word carries its label."""
+def token_classification(
+    args: TaggingArguments,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model_for: Callable[[list[str]], PreTrainedModel] | None = None,
+) -> Task:
+    """The tagging task of these files; the first token of a word carries its label.
+
+    For the pretrained model that the arguments name, or for another: its tokenizer, and what makes it for labels.
+    """
     name = args.model_name_or_path or bundled_model()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(name)
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     raw = DatasetDict({split: read_conllu(file) for split, file in files.items() if file is not None})
     if "validation" not in raw:
@@ -80,6 +90,8 @@ def token_classification(args: TaggingArguments, seed: int) -> Task:
         return {**encoded, "labels": rows}
 
     def new_model() -> PreTrainedModel:
+        if model_for is not None:
+            return model_for(labels)
         return AutoModelForTokenClassification.from_pretrained(
             name, id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}
         )

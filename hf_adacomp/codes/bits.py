@@ -87,23 +87,22 @@ def pack_bits(rows: Tensor) -> Tensor:
 
 
 def centred_bits(packed: Tensor, starts: Tensor, lengths: Tensor, longest: int, octets: Tensor | None) -> Tensor:
-    """Codes as centred bits: -1/2 or 1/2, and 0 where a code has ended; float32 (N, longest).
+    """Codes as centred bits: -1/2 or 1/2, and 0 where a code has ended; float32 (N, bits of the longest).
 
     Args:
         packed: Codes as `pack_bits` leaves them, uint8 (B,).
-        starts: Where each code begins, in bits, (N,).
-        lengths: Of each code, in bits, (N,).
+        starts: Where each code begins, (N,), in bytes if `octets` are given, else in bits, as lengths are.
+        lengths: Of each code, (N,).
         longest: At least the longest of them.
-        octets: `centred_bytes()`, made once by the caller, if starts, lengths and longest are multiples of 8.
+        octets: `centred_bytes()`, made once by the caller, for codes that are whole bytes.
     """
-    step = 1 if octets is None else 8
-    place = torch.arange(0, longest, step, device=packed.device)
-    position = torch.div(starts[:, None] + place, 8, rounding_mode="floor")
-    found = packed[position.clamp_max(len(packed) - 1)].to(torch.int32)
-    ended = place >= lengths[:, None]
+    place = torch.arange(longest, device=packed.device)
+    position, ended = starts[:, None] + place, place >= lengths[:, None]
     if octets is not None:
-        return F.embedding(found.masked_fill(ended, NO_BYTE), octets).view(-1, longest)
-    bits = shifted(found, ((starts[:, None] + place) % 8).to(torch.int32), 1).to(torch.float32) - 0.5
+        found = packed[position.clamp_max(len(packed) - 1)].to(torch.int32)
+        return F.embedding(found.masked_fill(ended, NO_BYTE), octets).view(-1, 8 * longest)
+    found = packed[(position // 8).clamp_max(len(packed) - 1)].to(torch.int32)
+    bits = shifted(found, (position % 8).to(torch.int32), 1).to(torch.float32) - 0.5
     return bits.masked_fill(ended, 0)
 
 

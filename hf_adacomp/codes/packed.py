@@ -60,7 +60,7 @@ class PackedCodes(KeptDtype):
         self._order: Tensor | None = None  # sorted when it is first asked for
         self._located: tuple[Tensor, Tensor] | None = None
         self._index_bits = num_tokens * index_bits(len(ladder))
-        self._whole_bytes = not any(length % 8 for length in ladder)
+        self._unit = 8 if all(length % 8 == 0 for length in ladder) else 1  # bits in which codes are measured
         self._group_bytes = group_bytes(tokens_per_length, ladder)
         for name, size in (("length_indices", packed_bytes(self._index_bits)), ("codes", sum(self._group_bytes))):
             self.register_buffer(name, torch.zeros(size, dtype=torch.uint8, device=device))
@@ -108,20 +108,20 @@ class PackedCodes(KeptDtype):
         return torch.tensor(starts, device=inside.device)[lengths.to(torch.int64)] + inside
 
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Length index, uint8 (N,), and first bit of the code, int64 (N,), of each of `tokens`.
+        """Length index, uint8 (N,), and where the code begins, int64 (N,), of each of `tokens`.
 
         From an index of all tokens, which is kept once it was asked for; graphs, whose constants are stored, do
         without.
         """
         if compat.is_traced():
             lengths, inside = self._locate(tokens)
-            bits, starts = self.groups[:, lengths.to(torch.int64)]
-            return lengths, starts + inside * bits
+            sizes, starts = self.groups[:, lengths.to(torch.int64)]
+            return lengths, starts + inside * sizes
         if self._located is None or self._located[0].device != self.codes.device:
             lengths, inside = self._locate_all()
-            bits, starts = self.groups[:, lengths.to(torch.int64)]
+            sizes, starts = self.groups[:, lengths.to(torch.int64)]
             small = 8 * len(self.codes) < torch.iinfo(torch.int32).max
-            self._located = lengths, (starts + inside * bits).to(torch.int32 if small else torch.int64)
+            self._located = lengths, (starts + inside * sizes).to(torch.int32 if small else torch.int64)
         lengths, starts = self._located
         return lengths[tokens], starts[tokens].to(torch.int64)
 
@@ -146,16 +146,17 @@ class PackedCodes(KeptDtype):
         """Derive what is not stored; due whenever the length indices change."""
         self._order = self._located = None
         self.octets = centred_bytes(self.codes.device)
-        starts = [8 * sum(self._group_bytes[:k]) for k in range(len(self.ladder))]
-        self.groups = torch.tensor([self.ladder, starts], device=self.codes.device)
+        lengths = [length // self._unit for length in self.ladder]
+        starts = [8 * sum(self._group_bytes[:k]) // self._unit for k in range(len(self.ladder))]
+        self.groups = torch.tensor([lengths, starts], device=self.codes.device)
         # `validate` names an index that is out of range.
         assignment = self.assignment().clamp_max(len(self.ladder) - 1)
         self.ranks = block_ranks(assignment, len(self.ladder))
 
     def centred(self, lengths: Tensor, starts: Tensor, longest: int) -> Tensor:
         """Centred bits of codes, as `locate` tells them: (N,), (N,) -> float32 (N, longest); none is longer."""
-        octets = self.octets if self._whole_bytes else None
-        return centred_bits(self.codes, starts, self.groups[0][lengths.to(torch.int64)], longest, octets)
+        octets = self.octets if self._unit == 8 else None
+        return centred_bits(self.codes, starts, self.groups[0][lengths.to(torch.int64)], longest // self._unit, octets)
 
     def group(self, k: int) -> Tensor:
         """The bytes of the codes of the k-th length, uint8."""

@@ -14,8 +14,9 @@ def test_bits_fill_bytes_from_the_least_significant():
 
 def unpacked(data, rows, length):
     octets = bits.centred_bytes(data.device) if length % 8 == 0 else None
-    starts = length * torch.arange(rows, device=data.device)
-    found = bits.centred_bits(data, starts, torch.full_like(starts, length), length, octets)
+    size = length // 8 if length % 8 == 0 else length
+    starts = size * torch.arange(rows, device=data.device)
+    found = bits.centred_bits(data, starts, torch.full_like(starts, size), size, octets)
     assert found.dtype == torch.float32
     return (found + 0.5).to(torch.uint8)
 
@@ -36,8 +37,8 @@ def test_rows_round_trip_and_a_flipped_bit_shows(rows, length):
 def test_codes_that_have_ended_are_zero_also_beyond_the_last_byte():
     data = torch.tensor([0b1010_1100, 0xFF], dtype=torch.uint8)
     starts, lengths = torch.tensor([0, 8, 0]), torch.tensor([16, 8, 0])
-    for octets in (bits.centred_bytes(), None):
-        found = bits.centred_bits(data, starts, lengths, 24, octets)
+    for octets, unit in ((bits.centred_bytes(), 8), (None, 1)):
+        found = bits.centred_bits(data, starts // unit, lengths // unit, 24 // unit, octets)
         assert found[0].tolist() == [-0.5, -0.5, 0.5, 0.5, -0.5, 0.5, -0.5, 0.5, *[0.5] * 8, *[0] * 8]
         assert found[1].tolist() == [0.5] * 8 + [0] * 16
         assert not found[2].any()

@@ -55,10 +55,10 @@ def test_new_tokens_are_near_the_mean_and_differ(counts):
 
 def test_nearest_codes_find_a_vector_of_the_codebook(packed_bert):
     book = packed_bert.get_input_embeddings().codebook
-    stored, bits = book.stored(), torch.zeros(1, book.length)
-    bits[0, :3] = 1
+    stored, bits = book.stored(), torch.full((1, book.length), -0.5)
+    bits[0, :3] = 0.5
     vector = stored.decode(bits)[0].detach()
-    found = stored.decode(nearest_codes(book, vector.expand(32, -1), seed=0).float())
+    found = stored.decode(nearest_codes(book, vector.expand(32, -1), seed=0))
     assert (found - vector).norm(dim=1).min() < 0.5 * vector.norm()
 
 

@@ -104,8 +104,9 @@ def outcome(model: Honest, weights: bytes, config: dict) -> str:
         finally:
             assert seen.most <= 2 * len(model.weights)
     stored, expected = load(weights), copy.deepcopy(model.table)
+    source = {} if expected.training_state is None else {"training_state.source": expected.training_state.source}
     with torch.no_grad():
-        for name, value in expected.named_parameters():
+        for name, value in {**dict(expected.named_parameters()), **source}.items():
             if value.is_floating_point():
                 value.copy_(stored[f"{NAME}.{name}"])
     found, ids = loaded.get_input_embeddings().eval(), torch.arange(VOCABULARY)

@@ -28,7 +28,7 @@ def test_unknown_words_are_dropped_unless_there_are_no_others(example):
 
 
 def test_padding_does_not_change_the_classifier(example):
-    module = example("word_vector_classifier")
+    module = example("word_vector_models")
     torch.manual_seed(0)
     model = module.WordVectorClassifier(module.WordVectorConfig(vocab_size=50, vector_size=8, hidden_size=6)).eval()
     ids, mask = torch.randint(1, 50, (3, 5)), torch.ones(3, 5, dtype=torch.int64)

@@ -1,0 +1,80 @@
+"""An LSTM on static word vectors, as `PreTrainedModel`s that save and load like any other: for texts and for words."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+
+
+class WordVectorConfig(PreTrainedConfig):
+    model_type = "word_vector_lstm"
+
+    def __init__(
+        self,
+        vocab_size: int = 8003,
+        vector_size: int = 300,
+        hidden_size: int = 150,
+        dropout: float = 0.5,
+        pad_token_id: int = 0,
+        **kwargs,
+    ) -> None:
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        self.vocab_size, self.vector_size, self.hidden_size = vocab_size, vector_size, hidden_size
+        self.dropout = dropout
+
+
+class WordVectorModel(PreTrainedModel):
+    """Word vectors, one bidirectional LSTM, one linear layer."""
+
+    config_class = WordVectorConfig
+
+    def __init__(self, config: WordVectorConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.vector_size, config.pad_token_id)
+        self.lstm = nn.LSTM(config.vector_size, config.hidden_size, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.LSTM):  # torch's own initial values suit an LSTM
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """States at all words, (B, T, 2 h), and the last ones of both directions, (B, 2 h)."""
+        words = self.dropout(self.embeddings(input_ids))
+        lengths = attention_mask.sum(dim=1).cpu()
+        packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
+        states, (last, _) = self.lstm(packed)
+        padded, _ = pad_packed_sequence(states, batch_first=True, total_length=input_ids.shape[1])
+        return self.dropout(padded), self.dropout(torch.cat([last[0], last[1]], dim=1))
+
+
+class WordVectorClassifier(WordVectorModel):
+    """A label for a text, from the last states."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        _, last = self.run(input_ids, attention_mask)
+        logits = self.classifier(last)
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class WordVectorTagger(WordVectorModel):
+    """A label for each word, from the states there."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
+        states, _ = self.run(input_ids, attention_mask)
+        logits = self.classifier(states)
+        loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return TokenClassifierOutput(loss=loss, logits=logits)
