@@ -15,7 +15,7 @@ import torch
 from comparison import parse, write_figures
 from pretrained_encoder import bundled_model
 from scipy.stats import spearmanr
-from static_vectors import read_vectors, word_tokenizer
+from static_vectors import SPECIAL, read_vectors, word_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -41,7 +41,7 @@ def load_table(vectors_file: str | None) -> tuple[PreTrainedTokenizerBase, nn.Em
         return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).get_input_embeddings()
     words, vectors = read_vectors(vectors_file)
     tokenizer = word_tokenizer(words)
-    return tokenizer, nn.Embedding.from_pretrained(torch.cat([torch.zeros(2, vectors.shape[1]), vectors]))
+    return tokenizer, nn.Embedding.from_pretrained(torch.cat([torch.zeros(len(SPECIAL), vectors.shape[1]), vectors]))
 
 
 def count_text(file: str | None, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Tensor:

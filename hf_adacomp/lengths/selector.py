@@ -13,9 +13,6 @@ from .budget import assign_lengths
 SHARPNESS = 4.0
 """Logits that separate the longest from the shortest code at the warm start by their price alone."""
 
-LARGEST_EXCESS = float(__import__("os").environ.get("CAP", "inf"))
-"""Logits that a length is behind a token's best at most: further apart, no gradient would tell them."""
-
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Of Adam, by which offsets are learned."""
 
@@ -93,9 +90,7 @@ class LengthSelector(KeptDtype):
         saved = float((distortion[:, 0] - distortion[:, -1]).mean()) / max(1, self.ladder[-1] - self.ladder[0])
         reference = price or saved
         scale = SHARPNESS / (reference * self.ladder[-1]) if reference > 0 else 1.0
-        charged = distortion * scale + price * scale * ladder
-        best = charged.amin(dim=1, keepdim=True)
-        self.cost.copy_(charged.minimum(best + LARGEST_EXCESS) - price * scale * ladder)
+        self.cost.copy_(distortion * scale)
         self.offset.zero_()
         self.price.fill_(price * scale)
 
