@@ -18,6 +18,9 @@ LONGEST = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
 SIZES = (1, 8)
 """Candidates: one length, or up to eight in about equal ratios, whole bytes above 8 bits."""
 
+NEAR = 0.05
+"""Of ladders whose distortion is so near to the least, that with the shortest codes is taken: they cost time, too."""
+
 SPECTRUM_ROWS = 1 << 15
 SAMPLED_TOKENS = 1 << 12
 """Rows that the spectrum is taken from, and tokens that stand for all in a trial assignment."""
@@ -37,7 +40,7 @@ def with_ladder_for(source: Tensor, config: AdaCompConfig, token_counts: Tensor 
 
 
 def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -> tuple[int, ...]:
-    """The ladder of code lengths with the least expected distortion at `config.target_ratio`.
+    """The ladder of code lengths with about the least expected distortion at `config.target_ratio`.
 
     Long codes need a large code-book, which small tables cannot pay for: each candidate is charged its code-book and
     length indices, the rest is shared out among the tokens as the warm start will do it, and the distortion of each
@@ -81,7 +84,8 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
             refusal = error
     if not distortions:
         raise refusal
-    return min(distortions, key=lambda ladder: distortions[ladder])
+    good = [ladder for ladder, found in distortions.items() if found <= (1 + NEAR) * min(distortions.values())]
+    return min(good, key=lambda ladder: (ladder[-1], distortions[ladder]))
 
 
 def _ladders(dim: int) -> list[tuple[int, ...]]:

@@ -19,9 +19,10 @@ FIT_ROWS = 1 << 15
 FIT_ROUNDS = 16
 MEASURED_ROWS = 1 << 12
 MEASURE_EVERY = 4
+SORTED_ROWS = 1 << 10
 STAGE = 64
 """Rows that the code-book is fitted to at most, rounds of encoding and least squares, rows by which lengths are weighed
-up and how often, and bits that start out at once."""
+up and how often, rows of about one length at once, and bits that start out at once."""
 
 
 @torch.no_grad()
@@ -73,12 +74,13 @@ def fit_codebook(
         if step % MEASURE_EVERY == 0:
             share = _lost(encoder, vectors, bias, x[:: -(-len(x) // MEASURED_ROWS)], metric, ladder)
             assignment = _assigned(weights * energies, share, lengths, budget)
-        chosen = lengths[assignment[tokens]]
-        bits = (
-            encoder.encode_each(rows, part, book.length)
-            for rows, part in zip(x.split(book.block), chosen.split(book.block), strict=True)
-        )
-        vectors, bias = _least_squares(bits, x.split(book.block), own.split(book.block))
+            order = assignment[tokens].argsort(stable=True)  # rows of a block have codes of about one length
+            tokens, own = tokens[order], own[order]
+            x = source[tokens].float()
+            chosen = lengths[assignment[tokens]]
+            blocks, parts, sizes = (rows.split(SORTED_ROWS) for rows in (x, own, chosen))
+        bits = (encoder.encode_each(rows, size, int(size[-1])) for rows, size in zip(blocks, sizes, strict=True))
+        vectors, bias = _least_squares(bits, blocks, parts, (book.length, book.dim))
         encoder = _encoder(vectors, bias, metric)
     _take_over(book, vectors, bias, x, own, chosen, metric)
     return _distortions(book, ladder, source, metric) * weights[:, None]
@@ -118,10 +120,13 @@ def _fitted_to_longest(
 ) -> tuple[Encoder, Tensor, Tensor]:
     """Code vectors and bias fitted to x (N, d) in codes of full length; the vectors that explain most come first."""
     blocks, parts = x.split(book.block), weights.split(book.block)
-    vectors, bias = _least_squares(_first_bits(x, weights, metric, book, generator).split(book.block), blocks, parts)
+    first = _first_bits(x, weights, metric, book, generator).split(book.block)
+    vectors, bias = _least_squares(first, blocks, parts, (book.length, book.dim))
     for _ in trange(FIT_ROUNDS, desc="Fitting the longest codes", disable=not show_progress):
         encoder = _encoder(vectors, bias, metric)
-        vectors, bias = _least_squares((encoder.encode(rows) for rows in blocks), blocks, parts)
+        vectors, bias = _least_squares(
+            (encoder.encode(rows) for rows in blocks), blocks, parts, (book.length, book.dim)
+        )
     encoder = _encoder(vectors, bias, metric)
     share = weights / weights.sum()
     means = sum((part @ encoder.encode(rows) for rows, part in zip(blocks, share.split(book.block), strict=True)))
@@ -188,26 +193,31 @@ def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook
         rotation = torch.linalg.qr(torch.randn(stage.shape[1], rank, generator=generator))[0].to(x.device)
         directions = axes[:, :rank] @ rotation.T
         stage.copy_(left @ directions > mean @ directions).sub_(0.5)
-        vectors, bias = _least_squares(*(rows.split(book.block) for rows in (stage, left, weights)))
+        signs, rows, parts = (each.split(book.block) for each in (stage, left, weights))
+        vectors, bias = _least_squares(signs, rows, parts, (stage.shape[1], book.dim))
         left.sub_(bias).addmm_(stage, vectors, alpha=-1)
     return bits
 
 
-def _least_squares(bits: Iterable[Tensor], x: Iterable[Tensor], weights: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Code vectors (L, d) and bias (d,) that minimise the weighted error of `bits @ C + c`, slightly ridged.
+def _least_squares(
+    bits: Iterable[Tensor], x: Iterable[Tensor], weights: Iterable[Tensor], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Code vectors of a shape (L, d) and bias (d,) that minimise the weighted error of `bits @ C + c`, slightly ridged.
 
-    Bits, vectors x and weights come in blocks of the same rows.
+    Centred bits, vectors x and weights come in blocks of the same rows; codes of a block may all be shorter than L.
     """
-    gram, moments = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    length, dim = shape
+    gram, moments = (torch.zeros(length + 1, width, dtype=torch.float64) for width in (length + 1, dim))
     for chosen, rows, part in zip(bits, x, weights, strict=True):
-        design = F.pad(chosen, (0, 1), value=1)
+        design = F.pad(chosen, (1, 0), value=1)  # the first column is the bias's
         weighted = (design * part[:, None]).T
-        gram = gram + (weighted @ design).to(gram)
-        moments = moments + (weighted @ rows).to(moments)
+        used = len(weighted)
+        gram[:used, :used] += (weighted @ design).to(gram)
+        moments[:used] += (weighted @ rows).to(moments)
     ridge = (1e-3 * gram.diagonal().mean()).repeat(len(gram))
-    ridge[-1] = 0  # of the bias
+    ridge[0] = 0
     solution = torch.linalg.solve(gram + ridge.diag(), moments).to(rows)
-    return solution[:-1], solution[-1]
+    return solution[1:], solution[0]
 
 
 def _root(metric: Tensor) -> Tensor:

@@ -53,9 +53,14 @@ class Decoder:
         tokens, place = distinct(ids, self.num_tokens)
         return F.embedding(place, self._held(tokens, self.vectors(tokens)))
 
+    @torch.no_grad()
     def table(self) -> Tensor:
         """All vectors, (V, d), without gradients."""
-        return self.vectors(torch.arange(self.num_tokens, device=self.book.bias.device))
+        bias = self.book.bias
+        table = bias.new_empty(self.num_tokens, len(bias))
+        for block in self._blocks():  # in place: one copy of the table, not two
+            table[block] = self.vectors(block)
+        return table
 
     @torch.enable_grad()
     def gradients(self, gradient: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -146,6 +151,10 @@ class StaticDecoder(Decoder):
         compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
         tokens = ids.flatten()
         return self._held(tokens, self.vectors(tokens)).view(*ids.shape, -1)
+
+    def table(self) -> Tensor:
+        """All vectors, (V, d)."""
+        return self.vectors(torch.arange(self.num_tokens, device=self.book.bias.device))
 
     def _by_length(self, tokens: Tensor) -> Tensor:
         return self.book.decode(self.codes.centred(*self.codes.locate(tokens), self.codes.ladder[-1]))

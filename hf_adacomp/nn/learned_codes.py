@@ -69,6 +69,6 @@ class LearnedCodes:
 
     def group(self, k: int) -> Tensor:
         """The codes of the k-th length in the format of `hf_adacomp.codes.bits`, uint8 (bytes,)."""
-        members = (self.assignment() == k).nonzero().squeeze(1)
-        blocks = self.state.source[members].split(self.codebook.block)
-        return torch.cat([pack_bits(self.encoder.encode(rows, self.ladder[k]) > 0) for rows in blocks])
+        blocks = (self.assignment() == k).nonzero().squeeze(1).split(self.codebook.block)
+        bits = (self.encoder.encode(self.state.source[tokens], self.ladder[k]) for tokens in blocks)
+        return torch.cat([pack_bits(rows > 0) for rows in bits])
