@@ -42,11 +42,17 @@ class Encoder(NamedTuple):
         first = slice(length)
         with torch.autocast(x.device.type, enabled=False):
             drive = F.linear(x.to(self.weight.dtype), self.weight[first], self.shift[first])
+        return self.decide(drive).to(x.dtype)
+
+    def decide(self, drive: Tensor) -> Tensor:
+        """Centred bits of codes as long as their drive `F x + f`, (..., length), which a shorter code shares."""
+        first = slice(drive.shape[-1])
+        with torch.autocast(drive.device.type, enabled=False):
             with torch.no_grad():
                 bits, margins = decide_bits(drive, self.overlap[first, first])
                 explained = drive - margins
             decided: Tensor = BinaryStep.apply(drive - explained, bits)  # type: ignore[no-untyped-call]
-            return decided.to(x.dtype)
+            return decided
 
     def encode_each(self, x: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """The same in codes of each vector's own length, at most the longest: (N, d), (N,) -> (N, longest), then 0."""

@@ -61,11 +61,14 @@ class LearnedCodes:
 
     def mixed(self, shares: Tensor, tokens: Tensor) -> Tensor:
         """Centred bits of tokens by the shares of all lengths in each, (N, n), (N,) -> (N, L)."""
-        source, longest = self.state.source[tokens], self.ladder[-1]
-        bits = source.new_zeros(len(tokens), longest)
-        for length, share in zip(self.ladder, shares.to(source.dtype).unbind(1), strict=True):
-            bits = bits + F.pad(share[:, None] * self.encoder.encode(source, length), (0, longest - length))
-        return bits
+        source, encoder = self.state.source[tokens], self.encoder
+        with torch.autocast(source.device.type, enabled=False):
+            drive = F.linear(source.to(encoder.weight.dtype), encoder.weight, encoder.shift)
+        bits = torch.zeros_like(drive)
+        for length, share in zip(self.ladder, shares.unbind(1), strict=True):
+            own = share[:, None] * encoder.decide(drive[:, :length])
+            bits = bits + F.pad(own, (0, drive.shape[1] - length))
+        return bits.to(source.dtype)
 
     def group(self, k: int) -> Tensor:
         """The codes of the k-th length in the format of `hf_adacomp.codes.bits`, uint8 (bytes,)."""
