@@ -1,4 +1,4 @@
 """What follows from a table, its token counts and a size in closed form, before anything is trained.
 
-`ladder` chooses which code lengths are on offer, `warm_start` fits a code-book to each of them.
+`ladder` chooses which code lengths are on offer, `warm_start` fits the code-book that serves them all.
 """

@@ -89,7 +89,7 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
 
 
 def _ladders(dim: int) -> list[tuple[int, ...]]:
-    """Candidate ladders, cheapest code-books last."""
+    """Candidate ladders, the cheapest code-book last."""
     longest = [length for length in LONGEST if length <= 4 * dim] or [min(LONGEST)]
     ladders = {_ladder(first, last, size) for first, last, size in product(SHORTEST, longest, SIZES)}
     return sorted(ladders, key=lambda ladder: (ladder[-1], ladder), reverse=True)
