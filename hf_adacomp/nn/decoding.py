@@ -17,8 +17,8 @@ from .learned_codes import LearnedCodes
 from .training_state import TrainingState
 
 OUT_OF_RANGE = "token id out of range"
-BLOCK = 512
-"""Tokens whose codes are read at once: sorted by length, so that few bits are read in vain."""
+FEW = 128
+"""Tokens whose codes are read at once, as if all were as long as the longest; more are read by their lengths."""
 
 
 @dataclass
@@ -96,13 +96,14 @@ class Decoder:
 
     def _by_length(self, tokens: Tensor) -> Tensor:
         lengths, places = self.codes.locate(tokens)
-        if len(tokens) <= BLOCK or torch.is_grad_enabled():
+        if len(tokens) <= FEW or torch.is_grad_enabled():
             longest = self.codes.ladder[int(lengths.max()) if len(tokens) else 0]
             return self.book.decode(self.codes.centred(lengths, places, longest))
         vectors = self.book.bias.new_empty(len(tokens), len(self.book.bias))
-        for block in lengths.argsort(stable=True).split(BLOCK):
-            longest = self.codes.ladder[int(lengths[block[-1]])]
-            vectors[block] = self.book.decode(self.codes.centred(lengths[block], places[block], longest))
+        groups = lengths.argsort(stable=True).split(lengths.bincount(minlength=len(self.codes.ladder)).tolist())
+        for length, own in zip(self.codes.ladder, groups, strict=True):
+            if len(own):
+                vectors[own] = self.book.decode(self.codes.centred(lengths[own], places[own], length))
         return vectors
 
     def _held(self, tokens: Tensor, vectors: Tensor) -> Tensor:

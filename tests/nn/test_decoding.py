@@ -26,13 +26,14 @@ def test_the_code_book_is_rounded_once_a_pass(table, phase, monkeypatch):
 
 
 @pytest.mark.parametrize("phase", ["encode", "packed"])
-def test_tokens_in_blocks_are_what_they_are_at_once(table, phase, monkeypatch):
+def test_tokens_by_length_are_what_they_are_at_once(table, phase, monkeypatch):
     table.pack() if phase == "packed" else table.step(0.9)
     tokens = torch.randperm(VOCABULARY, device=table.device)
     with torch.no_grad():
         decoder = table.eval().decoder()
+        monkeypatch.setattr("hf_adacomp.nn.decoding.FEW", VOCABULARY)
         at_once = decoder.vectors(tokens)
-        monkeypatch.setattr("hf_adacomp.nn.decoding.BLOCK", 50)
+        monkeypatch.setattr("hf_adacomp.nn.decoding.FEW", 0)
         assert torch.allclose(decoder.vectors(tokens), at_once, atol=1e-6)
         assert torch.allclose(decoder.table()[tokens], at_once, atol=1e-6)
 
