@@ -96,12 +96,18 @@ def load_file(file: str, column_names: list[str] | None) -> Dataset:
     return load_dataset("csv", data_files=file, split="train", **options)
 
 
+def text_columns_of(raw: DatasetDict, args: DataTrainingArguments) -> list[str]:
+    """The columns that hold the texts; none if they are neither named nor known by their names."""
+    columns = raw["train"].column_names
+    return args.text_column_names or [name for name in ("text", "sentence") if name in columns][:1]
+
+
 def tokenize(
     raw: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataTrainingArguments, max_length: int
 ) -> tuple[DatasetDict, list[str]]:
     """Token ids and label ids of every split, and the names of the labels."""
     columns, label_column = raw["train"].column_names, args.label_column_name
-    text_columns = args.text_column_names or [name for name in ("text", "sentence") if name in columns][:1]
+    text_columns = text_columns_of(raw, args)
     if not text_columns or not {*text_columns, label_column} <= set(columns):
         raise ValueError(
             f"The training data has the columns {columns}: name those of texts and labels by "

@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 import torch
 from comparison import CompressionArguments, ShortTrainingArguments, Task, compare, parse
-from labelled_texts import DataTrainingArguments, load_splits, tokenize
+from labelled_texts import DataTrainingArguments, load_splits, text_columns_of, tokenize
 from token_classification import TaggingArguments, read_conllu, token_classification
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast
@@ -56,12 +56,6 @@ def drop_unknown(row: dict[str, list], unknown: int) -> dict[str, list]:
     return {"input_ids": known, "attention_mask": [1] * len(known)}
 
 
-def words_of(texts: Iterable[str], words: list[str]) -> list[str]:
-    """Those of `words` that occur in the texts, in the same order."""
-    found = {word for text in texts for word in text.lower().split()}
-    return [word for word in words if word in found]
-
-
 def lstm(kind: type[WordVectorModel], words: list[str], vectors: torch.Tensor, labels: list[str]) -> WordVectorModel:
     """A model on the vectors of these words; those of special tokens are zero."""
     config = WordVectorConfig(
@@ -76,17 +70,17 @@ def lstm(kind: type[WordVectorModel], words: list[str], vectors: torch.Tensor, l
 
 def vectors_for(texts: Iterable[str], file: str) -> tuple[list[str], torch.Tensor]:
     """The words of the texts that have a vector, and those, (V, d)."""
-    known, vectors = read_vectors(file)
-    words = words_of(texts, known)
-    places = {word: place for place, word in enumerate(known)}
-    return words, vectors[[places[word] for word in words]]
+    found = {word for text in texts for word in text.lower().split()}
+    words, vectors = read_vectors(file)
+    rows = [row for row, word in enumerate(words) if word in found]
+    return [words[row] for row in rows], vectors[rows]
 
 
 def static_vectors(vector_args: VectorArguments, data_args: DataTrainingArguments, seed: int) -> Task:
     """The classification task of these files for an LSTM on these word vectors."""
     raw = load_splits(data_args, seed)
-    columns = data_args.text_column_names or ["text"]
-    words, vectors = vectors_for(chain(*(raw["train"][column] for column in columns)), vector_args.vectors_file)
+    texts = chain(*(raw["train"][column] for column in text_columns_of(raw, data_args)))
+    words, vectors = vectors_for(texts, vector_args.vectors_file)
     tokenizer = word_tokenizer(words)
     splits, labels = tokenize(raw, tokenizer, data_args, vector_args.max_seq_length)
     splits = splits.map(drop_unknown, fn_kwargs={"unknown": tokenizer.unk_token_id}, desc="Dropping unknown words")

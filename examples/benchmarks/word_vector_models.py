@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
@@ -48,14 +48,13 @@ class WordVectorModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings = value
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """States at all words, (B, T, 2 h), and the last ones of both directions, (B, 2 h)."""
+    def run(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[PackedSequence, Tensor]:
+        """States at all words, and the last ones, (directions, B, h)."""
         words = self.dropout(self.embeddings(input_ids))
         lengths = attention_mask.sum(dim=1).cpu()
         packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
         states, (last, _) = self.lstm(packed)
-        padded, _ = pad_packed_sequence(states, batch_first=True, total_length=input_ids.shape[1])
-        return self.dropout(padded), self.dropout(torch.cat([last[0], last[1]], dim=1))
+        return states, last
 
 
 class WordVectorClassifier(WordVectorModel):
@@ -65,7 +64,7 @@ class WordVectorClassifier(WordVectorModel):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> SequenceClassifierOutput:
         _, last = self.run(input_ids, attention_mask)
-        logits = self.classifier(last)
+        logits = self.classifier(self.dropout(torch.cat([last[0], last[1]], dim=1)))
         loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -75,6 +74,7 @@ class WordVectorTagger(WordVectorModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
         states, _ = self.run(input_ids, attention_mask)
-        logits = self.classifier(states)
+        padded, _ = pad_packed_sequence(states, batch_first=True, total_length=input_ids.shape[1])
+        logits = self.classifier(self.dropout(padded))
         loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten())
         return TokenClassifierOutput(loss=loss, logits=logits)

@@ -24,10 +24,10 @@ class StoredBook(NamedTuple):
     vectors: Tensor
     bias: Tensor
 
-    def decode(self, bits: Tensor, out: Tensor | None = None) -> Tensor:
-        """`C^T s + c` of centred bits of the first vectors, (N, l) -> (N, d), also into `out`; whatever autocast is."""
+    def decode(self, bits: Tensor) -> Tensor:
+        """`C^T s + c` of centred bits of the first vectors, (N, l) -> (N, d). Under autocast as without it."""
         with torch.autocast(bits.device.type, enabled=False):
-            return torch.addmm(self.bias, bits.to(self.vectors.dtype), self.vectors[: bits.shape[1]], out=out)
+            return torch.addmm(self.bias, bits.to(self.vectors.dtype), self.vectors[: bits.shape[1]])
 
 
 class Encoder(NamedTuple):
@@ -37,15 +37,23 @@ class Encoder(NamedTuple):
     shift: Tensor
     overlap: Tensor
 
+    @classmethod
+    def tied(cls, readers: Tensor, vectors: Tensor, bias: Tensor) -> Encoder:
+        """The one that descends the error of code vectors and bias, whose readers are `s C M`."""
+        return cls(readers, -readers @ bias, (readers @ vectors.T).fill_diagonal_(0))
+
     def encode(self, x: Tensor, length: int | None = None) -> Tensor:
         """Centred bits of the vectors x, (..., d) -> (..., length), of x's dtype. Computed in float32 at least."""
+        return self.decide(self.drive(x, length)).to(x.dtype)
+
+    def drive(self, x: Tensor, length: int | None = None) -> Tensor:
+        """`F x + f`, (..., d) -> (..., length), float32 at least; the drive of a shorter code is its beginning."""
         first = slice(length)
         with torch.autocast(x.device.type, enabled=False):
-            drive = F.linear(x.to(self.weight.dtype), self.weight[first], self.shift[first])
-        return self.decide(drive).to(x.dtype)
+            return F.linear(x.to(self.weight.dtype), self.weight[first], self.shift[first])
 
     def decide(self, drive: Tensor) -> Tensor:
-        """Centred bits of codes as long as their drive `F x + f`, (..., length), which a shorter code shares."""
+        """Centred bits of codes as long as their drive, (..., length)."""
         first = slice(drive.shape[-1])
         with torch.autocast(drive.device.type, enabled=False):
             with torch.no_grad():
@@ -160,12 +168,11 @@ class BinaryCodebook(nn.Module):
         with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
             vectors = stored.vectors.to(dtype)
             readers = self.encoder_scale.to(dtype) * vectors @ metric.to(dtype)
-            overlap = (readers @ vectors.T).fill_diagonal_(0)
-            threshold = readers @ stored.bias.to(dtype)
+            tied = Encoder.tied(readers, vectors, stored.bias.to(dtype))
         shift = self.encoder_bias.to(dtype)
         if self.tied:
-            return Encoder(readers, shift - threshold, overlap)
-        return Encoder(self.encoder_weight.to(dtype), shift, overlap)
+            return tied._replace(shift=shift + tied.shift)
+        return tied._replace(weight=self.encoder_weight.to(dtype), shift=shift)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, metric: Tensor, length: int | None = None) -> Tensor:

@@ -115,13 +115,11 @@ class PackedCodes(KeptDtype):
         """
         if compat.is_traced():
             lengths, inside = self._locate(tokens)
-            sizes, starts = self.groups[:, lengths.to(torch.int64)]
-            return lengths, starts + inside * sizes
+            return lengths, self._starts(lengths, inside)
         if self._located is None or self._located[0].device != self.codes.device:
             lengths, inside = self._locate_all()
-            sizes, starts = self.groups[:, lengths.to(torch.int64)]
             small = 8 * len(self.codes) < torch.iinfo(torch.int32).max
-            self._located = lengths, (starts + inside * sizes).to(torch.int32 if small else torch.int64)
+            self._located = lengths, self._starts(lengths, inside).to(torch.int32 if small else torch.int64)
         lengths, starts = self._located
         return lengths[tokens], starts[tokens].to(torch.int64)
 
@@ -130,6 +128,11 @@ class PackedCodes(KeptDtype):
         """Bytes of what is kept now besides the tensors of the file."""
         kept = (*(self._located or ()), *(() if self._order is None else (self._order,)))
         return sum(tensor.nbytes for tensor in kept)
+
+    def _starts(self, lengths: Tensor, inside: Tensor) -> Tensor:
+        sizes, starts = self.groups[:, lengths.to(torch.int64)]
+        begin: Tensor = starts + inside * sizes
+        return begin
 
     def _locate_all(self) -> tuple[Tensor, Tensor]:
         assignment = self.assignment()

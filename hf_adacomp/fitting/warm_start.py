@@ -81,7 +81,7 @@ def fit_codebook(
             blocks, parts, sizes = (rows.split(SORTED_ROWS) for rows in (x, own, chosen))
         bits = (encoder.encode_each(rows, size, int(size[-1])) for rows, size in zip(blocks, sizes, strict=True))
         vectors, bias = _least_squares(bits, blocks, parts, (book.length, book.dim))
-        encoder = _encoder(vectors, bias, metric)
+        encoder = Encoder.tied(vectors @ metric, vectors, bias)
     _take_over(book, vectors, bias, x, own, chosen, metric)
     return _distortions(book, ladder, source, metric) * weights[:, None]
 
@@ -110,11 +110,6 @@ def _drawn(tokens: Tensor, weights: Tensor, generator: torch.Generator) -> tuple
     return drawn, torch.ones_like(drawn, dtype=weights.dtype)
 
 
-def _encoder(vectors: Tensor, bias: Tensor, metric: Tensor) -> Encoder:
-    readers = vectors @ metric
-    return Encoder(readers, -readers @ bias, (readers @ vectors.T).fill_diagonal_(0))
-
-
 def _fitted_to_longest(
     book: BinaryCodebook, x: Tensor, weights: Tensor, metric: Tensor, generator: torch.Generator, show_progress: bool
 ) -> tuple[Encoder, Tensor, Tensor]:
@@ -123,16 +118,16 @@ def _fitted_to_longest(
     first = _first_bits(x, weights, metric, book, generator).split(book.block)
     vectors, bias = _least_squares(first, blocks, parts, (book.length, book.dim))
     for _ in trange(FIT_ROUNDS, desc="Fitting the longest codes", disable=not show_progress):
-        encoder = _encoder(vectors, bias, metric)
+        encoder = Encoder.tied(vectors @ metric, vectors, bias)
         vectors, bias = _least_squares(
             (encoder.encode(rows) for rows in blocks), blocks, parts, (book.length, book.dim)
         )
-    encoder = _encoder(vectors, bias, metric)
+    encoder = Encoder.tied(vectors @ metric, vectors, bias)
     share = weights / weights.sum()
     means = sum((part @ encoder.encode(rows) for rows, part in zip(blocks, share.split(book.block), strict=True)))
     explained = (0.25 - means.square()) * squared_norms(vectors, metric)
     vectors = vectors[explained.argsort(descending=True)]
-    return _encoder(vectors, bias, metric), vectors, bias
+    return Encoder.tied(vectors @ metric, vectors, bias), vectors, bias
 
 
 def _lost(encoder: Encoder, vectors: Tensor, bias: Tensor, x: Tensor, metric: Tensor, ladder: Sequence[int]) -> Tensor:
@@ -151,7 +146,7 @@ def _take_over(
 ) -> None:
     """Set the code-book to vectors and a bias that makes up for their rounding; the encoder follows."""
     rounded = round_vectors(vectors, book.storage)
-    encoder = _encoder(rounded, bias, metric)
+    encoder = Encoder.tied(rounded @ metric, rounded, bias)
     left = torch.zeros_like(bias)
     for rows, part, own in zip(*(each.split(book.block) for each in (x, weights, lengths)), strict=True):
         left += part @ (rows - encoder.encode_each(rows, own, book.length) @ rounded)

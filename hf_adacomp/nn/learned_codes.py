@@ -62,8 +62,7 @@ class LearnedCodes:
     def mixed(self, shares: Tensor, tokens: Tensor) -> Tensor:
         """Centred bits of tokens by the shares of all lengths in each, (N, n), (N,) -> (N, L)."""
         source, encoder = self.state.source[tokens], self.encoder
-        with torch.autocast(source.device.type, enabled=False):
-            drive = F.linear(source.to(encoder.weight.dtype), encoder.weight, encoder.shift)
+        drive = encoder.drive(source)
         bits = torch.zeros_like(drive)
         for length, share in zip(self.ladder, shares.unbind(1), strict=True):
             own = share[:, None] * encoder.decide(drive[:, :length])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, command_line
+from datasets import Dataset, DatasetDict
 
 
 @pytest.fixture
@@ -19,6 +20,21 @@ def test_words_that_differ_in_case_are_one(example, vectors_file):
     words, vectors = example("static_vectors").read_vectors(vectors_file)
     assert words == WORDS
     assert torch.equal(vectors[0], torch.from_numpy(np.load(vectors_file)["vectors"][0].astype(np.float32)))
+
+
+def test_the_vocabulary_is_the_words_of_the_texts(example, vectors_file):
+    words, vectors = example("static_vectors").vectors_for(["word3 WORD1 other", "word3"], vectors_file)
+    assert words == ["word1", "word3"]
+    every = example("static_vectors").read_vectors(vectors_file)[1]
+    assert torch.equal(vectors, every[[1, 3]])
+
+
+@pytest.mark.parametrize(("columns", "found"), [(("label", "sentence"), ["sentence"]), (("label", "premise"), [])])
+def test_texts_are_in_columns_of_known_names(example, columns, found):
+    texts = example("labelled_texts")
+    raw = DatasetDict(train=Dataset.from_dict({column: ["a"] for column in columns}))
+    assert texts.text_columns_of(raw, texts.DataTrainingArguments()) == found
+    assert texts.text_columns_of(raw, texts.DataTrainingArguments(text_column_names=["premise"])) == ["premise"]
 
 
 def test_unknown_words_are_dropped_unless_there_are_no_others(example):
