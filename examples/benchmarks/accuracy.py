@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from cells import Cells, Key, score_items
-from comparison import Task, log_probabilities_of, parse
+from cells import Cells, Key, label_scores, method_version, score_items
+from comparison import Task, parse
+from information import LEAST_COUNT, correlation_at_equal_count, label_information
 from methods import METHODS, OURS, OWN_SIZE, OutOfReachError, base, install, stored_bytes
 from peers import Peer
 from report import write_report
 from tasks import BenchmarkTask, read_tasks
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -98,8 +100,22 @@ class Run:
         cell = {"ratio": dense_bytes / stored_bytes(model), "fit_seconds": fitted - started}
         cell["train_seconds"] = trained - fitted
         for split in ("validation", "test"):
-            cell[split] = score_items(*log_probabilities_of(trainer.predict(self.task.splits[split])))
+            output = trainer.predict(self.task.splits[split])
+            cell[split] = score_items(output.predictions, output.label_ids)
+        if base(method) in OURS:
+            cell |= {"version": method_version(), **self.information_followed(model, counts)}
         return cell
+
+    def information_followed(self, model: PreTrainedModel, counts: Tensor) -> dict:
+        """How code lengths go with information about the label at equal count, where texts have one label each."""
+        lengths = model.get_input_embeddings().code_lengths()
+        if self.task.kind != "text-classification" or len(lengths.unique()) == 1:
+            return {}
+        ordinary = counts >= LEAST_COUNT
+        ordinary[self.task.tokenizer.all_special_ids] = False
+        information = torch.from_numpy(label_information(self.task, len(counts)))
+        chosen = (values[ordinary].numpy() for values in (lengths, information, counts))
+        return {"label_information": correlation_at_equal_count(*chosen)}
 
     def trainer(self, model: PreTrainedModel, epochs: float, learning_rate: float) -> Trainer:
         settings = TrainingArguments(
@@ -120,7 +136,13 @@ class Run:
         train = self.task.splits["train"]
         if self.args.max_train_samples is not None and self.args.max_train_samples < len(train):
             train = train.shuffle(seed=0).select(range(self.args.max_train_samples))
-        trainer = Trainer(model=model, args=settings, train_dataset=train, data_collator=self.task.collator)
+        trainer = Trainer(
+            model=model,
+            args=settings,
+            train_dataset=train,
+            data_collator=self.task.collator,
+            preprocess_logits_for_metrics=label_scores,
+        )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -145,6 +167,7 @@ def main(arguments: list[str] | None = None) -> dict:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     cells = Cells(folder / "cells.jsonl")
+    cells.refuse_mixture(*[method_version() for method in args.methods if base(method) in OURS])
     missing = [key for key in keys(args, tasks) if key not in cells]
     run, current = None, None
     with tqdm(missing, desc="Cells") as progress:

@@ -6,12 +6,20 @@ import base64
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+
+import hf_adacomp
 
 RESAMPLES = 2000
+
+ROOMS = ("codes", "lengths", "fitting", "nn")
+"""Of the package: what decides on a result, beside the settings."""
 
 
 class Key(NamedTuple):
@@ -47,6 +55,15 @@ class Cells:
     def __iter__(self) -> Iterator[Key]:
         return iter(self._cells)
 
+    def refuse_mixture(self, *others: str) -> None:
+        """Raise ValueError if our cells, with those that other versions of the method would make, are of several."""
+        found = {str(cell["version"]) for cell in self._cells.values() if "version" in cell} | {*others}
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.file} would mix cells of several versions of the method, {', '.join(sorted(found))}: "
+                "name another output folder, or delete the old cells"
+            )
+
     def done(self, task: str, method: str, ratio: float | None) -> dict[int, dict]:
         """Finished cells of all seeds, by seed; without those that the method cannot reach."""
         return {
@@ -56,19 +73,42 @@ class Cells:
         }
 
 
-def score_items(log_probabilities: np.ndarray, labels: np.ndarray) -> dict:
-    """Accuracy in %, log-loss, and for each text how many labels (`of`) it has and how many are `right`."""
+def label_scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Log-probability of the label and whether it is the likeliest, (..., 2), of logits (..., classes); else 0.
+
+    A Trainer's `preprocess_logits_for_metrics`: of a vocabulary's logits nothing else needs to be kept.
+    """
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    known = labels.clamp_min(0)[..., None]
+    of_label = scores.float().log_softmax(-1).gather(-1, known)
+    right = scores.argmax(-1, keepdim=True) == known
+    return torch.cat([of_label, right.to(of_label)], dim=-1) * (labels != -100)[..., None]
+
+
+def score_items(scores: np.ndarray, labels: np.ndarray) -> dict:
+    """Accuracy in %, log-loss, and for each text how many labels (`of`) it has and how many are `right`.
+
+    Args:
+        scores: Those of `label_scores`, (N, 2) or (N, T, 2).
+        labels: (N,) or (N, T), -100 where none counts.
+    """
     labels = labels.reshape(len(labels), -1)
-    log_probabilities = log_probabilities.reshape(*labels.shape, -1)
+    scores = scores.reshape(*labels.shape, 2)
     counting = labels != -100
-    right = ((log_probabilities.argmax(-1) == labels) & counting).sum(1)
-    of_truth = np.take_along_axis(log_probabilities, np.where(counting, labels, 0)[..., None], -1)[..., 0]
+    right = ((scores[..., 1] == 1) & counting).sum(1)
     return {
         "accuracy": 100 * float(right.sum() / counting.sum()),
-        "log_loss": -float(of_truth[counting].mean()),
+        "log_loss": -float(scores[counting][:, 0].mean()),
         "right": encode_counts(right),
         "of": encode_counts(counting.sum(1)),
     }
+
+
+def method_version() -> str:
+    """Twelve digits that change with the code of the method: settings, codes, lengths, fits, modules."""
+    package = Path(hf_adacomp.__file__).parent
+    files = [package / "config.py", *sorted(file for room in ROOMS for file in (package / room).glob("*.py"))]
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def encode_counts(counts: np.ndarray) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import yaml
-from peers import Compositional, HashedBits, LowRank, Peer, ProductQuantized, UniformRows
+from peers import Compositional, HashedBits, LowRank, Peer, ProductQuantized, Trimmed, UniformRows
 from torch import Tensor, nn
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
@@ -22,7 +22,7 @@ LEAST_SAMPLE = 1 << 15
 """At least so many rows are drawn for quantizers of vectors to be fitted to."""
 
 OURS = ("learned", "count", "fixed")
-PEERS = ("uniform", "pq", "opq", "lsh", "itq", "svd", "compositional")
+PEERS = ("uniform", "pq", "opq", "lsh", "itq", "svd", "compositional", "trim")
 OWN_SIZE = {"dense": 1.0, "int8": 4.0, "int4": 8.0}
 """Methods whose size is what it is, and about which: they run once, not once a ratio."""
 
@@ -82,6 +82,11 @@ def peer(method: str, embedding: nn.Embedding, ratio: float, token_counts: Tenso
         if not fitting:
             raise OutOfReachError(f"one bit an entry and a scale a row exceed {ratio:g}")
         return UniformRows(table, fitting[0])
+    if method == "trim":
+        kept = int(budget / (table.shape[1] + 2)) - 1  # one more is shared by all others
+        if kept < 1:
+            raise OutOfReachError(f"not one row of its own fits {ratio:g}")
+        return Trimmed(table, token_counts, min(kept, len(table) - 1))
     if method == "svd":
         rank = int(budget / (2 * sum(table.shape)))
         if rank == 0:

@@ -173,3 +173,34 @@ class Compositional(Peer):
 
     def rows(self, tokens: Tensor) -> Tensor:
         return F.embedding(self.codes[tokens], self.vectors).sum(1)
+
+
+class Trimmed(Peer):
+    """The rows of the most frequent tokens, trained on, then rounded to 8 bits an entry and a scale a row.
+
+    All other tokens share one row, as the unknown ones of a smaller tokenizer do.
+    """
+
+    code_bits = 0
+
+    def __init__(self, table: Tensor, counts: Tensor, kept: int) -> None:
+        super().__init__()
+        kept_tokens = counts.argsort(descending=True, stable=True)[:kept]
+        place = torch.full((len(table),), kept)
+        place[kept_tokens] = torch.arange(kept)
+        rest = counts.to(table.dtype).clamp_min(0.5)
+        rest[kept_tokens] = 0
+        shared = (rest @ table / rest.sum().clamp_min(1e-9))[None]
+        self.register_buffer("place", place)
+        self.vectors = nn.Parameter(torch.cat([table[kept_tokens], shared]))
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        return self.vectors[self.place[tokens]]
+
+    def stored_bytes(self) -> int:
+        return self.vectors.numel() + 2 * len(self.vectors)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        scale = (self.vectors.abs().amax(1, keepdim=True) / 127).to(torch.float16).float().clamp_min(1e-12)
+        self.vectors.copy_((self.vectors / scale).round().clamp(-127, 127) * scale)

@@ -174,6 +174,7 @@ def fill_readme(readme: Path, text: str) -> None:
 
 def write_report(cells: Cells, folder: Path) -> dict:
     """Print both tables, write `tables.md`, `summary.json` and `accuracy.png` into `folder`."""
+    cells.refuse_mixture()
     summary = summarize(cells)
     if summary["rows"]:
         tables = f"{table(summary)}\n\n{paired_table(summary)}\n"

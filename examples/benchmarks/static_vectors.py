@@ -13,11 +13,26 @@ from itertools import chain
 import numpy as np
 import torch
 from comparison import CompressionArguments, ShortTrainingArguments, Task, compare, parse
+from datasets import Dataset, DatasetDict, load_dataset
 from labelled_texts import DataTrainingArguments, load_splits, text_columns_of, tokenize
 from token_classification import TaggingArguments, read_conllu, token_classification
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast
-from word_vector_models import WordVectorClassifier, WordVectorConfig, WordVectorModel, WordVectorTagger
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from word_vector_models import (
+    WordVectorClassifier,
+    WordVectorConfig,
+    WordVectorLanguageModel,
+    WordVectorModel,
+    WordVectorTagger,
+)
+
+BLOCK = 32
+"""Words in a row of plain text."""
 
 SPECIAL = PAD, UNKNOWN, SEPARATOR = "[PAD]", "[UNK]", "[SEP]"
 
@@ -97,6 +112,32 @@ def static_tagging(vector_args: VectorArguments, tagging_args: TaggingArguments,
         return lstm(WordVectorTagger, words, vectors, labels)
 
     return token_classification(tagging_args, seed, word_tokenizer(words), new_model)
+
+
+def static_language(vector_args: VectorArguments, files: dict[str, str]) -> Task:
+    """Predicting the next word of plain texts, by splits; words without a vector are read, but not predicted."""
+    pieces = pre_tokenizers.Whitespace()
+    lines = load_dataset("text", data_files=files)
+    lines = lines.map(lambda row: {"text": " ".join(word for word, _ in pieces.pre_tokenize_str(row["text"]))})
+    words, vectors = vectors_for(lines["train"]["text"], vector_args.vectors_file)
+    tokenizer = word_tokenizer(words)
+
+    def rows(split: str) -> Dataset:
+        ids = np.concatenate(tokenizer(list(lines[split]["text"]))["input_ids"]).astype(np.int64)
+        ids = ids[: (len(ids) - 1) // BLOCK * BLOCK + 1]
+        labels = np.where(ids == tokenizer.unk_token_id, -100, ids)[1:].reshape(-1, BLOCK)
+        inputs = ids[:-1].reshape(-1, BLOCK)
+        return Dataset.from_dict({"input_ids": inputs, "attention_mask": np.ones_like(inputs), "labels": labels})
+
+    vocabulary = [*SPECIAL, *words]
+    return Task(
+        DatasetDict({split: rows(split) for split in files}),
+        vocabulary,
+        tokenizer,
+        lambda: lstm(WordVectorLanguageModel, words, vectors, vocabulary),
+        DataCollatorForTokenClassification(tokenizer),
+        kind="text-generation",
+    )
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 from classification import ModelArguments, text_classification
 from comparison import Task
 from labelled_texts import DataTrainingArguments
-from static_vectors import VectorArguments, static_tagging, static_vectors
+from static_vectors import VectorArguments, static_language, static_tagging, static_vectors
 from token_classification import TaggingArguments, token_classification
 
 DATA_SEED = 0
@@ -36,14 +36,16 @@ class BenchmarkTask:
         if self.kind.startswith("static_"):
             vectors = VectorArguments(self.options["vectors_file"])
             texts = {name: value for name, value in self.options.items() if name != "vectors_file"}
+            if self.kind == "static_language":
+                return static_language(vectors, {name.removesuffix("_file"): file for name, file in texts.items()})
             if self.kind == "static_tagging":
                 return static_tagging(vectors, TaggingArguments(**texts), DATA_SEED)
             return static_vectors(vectors, DataTrainingArguments(**texts), DATA_SEED)
         if self.kind == "text_classification":
             return text_classification(ModelArguments(), DataTrainingArguments(**self.options), DATA_SEED)
         raise ValueError(
-            "a task is a text_classification, token_classification, static_vectors or static_tagging; got "
-            f"{self.kind!r}"
+            "a task is a text_classification, token_classification, static_vectors, static_tagging or "
+            f"static_language; got {self.kind!r}"
         )
 
 

@@ -1,4 +1,4 @@
-"""An LSTM on static word vectors, as `PreTrainedModel`s that save and load like any other: for texts and for words."""
+"""LSTMs on static word vectors, as `PreTrainedModel`s that save and load like any other: for texts and for words."""
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,17 @@ class WordVectorConfig(PreTrainedConfig):
 
 
 class WordVectorModel(PreTrainedModel):
-    """Word vectors, one bidirectional LSTM, one linear layer."""
+    """Word vectors, one LSTM, one linear layer."""
 
     config_class = WordVectorConfig
+    bidirectional = True
 
     def __init__(self, config: WordVectorConfig) -> None:
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.vector_size, config.pad_token_id)
-        self.lstm = nn.LSTM(config.vector_size, config.hidden_size, batch_first=True, bidirectional=True)
+        self.lstm = nn.LSTM(config.vector_size, config.hidden_size, batch_first=True, bidirectional=self.bidirectional)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear((1 + self.bidirectional) * config.hidden_size, config.num_labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -78,3 +79,9 @@ class WordVectorTagger(WordVectorModel):
         logits = self.classifier(self.dropout(padded))
         loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten())
         return TokenClassifierOutput(loss=loss, logits=logits)
+
+
+class WordVectorLanguageModel(WordVectorTagger):
+    """The next word at each word, which is its label; the output layer has weights of its own."""
+
+    bidirectional = False
