@@ -26,6 +26,9 @@ PEERS = ("uniform", "pq", "opq", "lsh", "itq", "svd", "compositional", "trim")
 OWN_SIZE = {"dense": 1.0, "int8": 4.0, "int4": 8.0}
 """Methods whose size is what it is, and about which: they run once, not once a ratio."""
 
+TITLES = {"learned": "default", "learned:select_fraction=0": "lengths not learned"}
+"""What tables call these methods."""
+
 METHODS = (*OWN_SIZE, *PEERS, *OURS)
 
 

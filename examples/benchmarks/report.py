@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from cells import Cells, mean_and_deviation, paired_difference
-from methods import METHODS, OURS, OWN_SIZE, PEERS, base
+from methods import METHODS, OURS, OWN_SIZE, PEERS, TITLES, base
 from transformers import HfArgumentParser
 
 mpl.use("Agg")
@@ -37,7 +37,7 @@ def summarize(cells: Cells) -> dict:
     comparisons = [
         {"task": task, "ratio": ratio, "ours": "learned", "theirs": theirs, "points": points, "interval": interval}
         for ratio in sorted({ratio for _, ratio in forms if ratio})
-        for theirs in METHODS
+        for theirs in (*METHODS, "learned:select_fraction=0")
         for task in tasks
         if theirs != "learned"
         for points, *interval in [_compare(cells, task, ratio, theirs)]
@@ -80,24 +80,41 @@ def _row(cells: Cells, tasks: list[str], method: str, ratio: float | None) -> di
     return {"method": method, "ratio": ratio, "tasks": figures, "mean_drop": mean_drop}
 
 
-def table(summary: dict, methods: Sequence[str] = METHODS) -> str:
-    """Markdown of these methods' test accuracy in % (standard deviation over seeds) and mean drop under dense."""
+def table(summary: dict, methods: Sequence[str] = METHODS, figure: str = "accuracy") -> str:
+    """Markdown of these methods' test accuracy in % (standard deviation over seeds) and mean drop under dense.
+
+    With another `figure`, such as `log_loss`, of that, without drops.
+    """
     tasks = summary["tasks"]
+    drops = figure == "accuracy"
     lines = [
-        f"| ratio | method | {' | '.join(tasks)} | mean drop | seeds |",
-        "|---|---|" + "---|" * len(tasks) + "---|---|",
+        f"| ratio | method | {' | '.join(tasks)} |{' mean drop |' if drops else ''} seeds |",
+        "|---|---|" + "---|" * (len(tasks) + drops + 1),
     ]
     for row in summary["rows"]:
         if base(row["method"]) not in methods:
             continue
         figures = row["tasks"]
-        shown = [_accuracy(figures[task]) if task in figures else "" for task in tasks]
-        drop = "" if row["mean_drop"] is None else f"{row['mean_drop']:.2f}"
-        seeds = {len(figure["seeds"]) for figure in figures.values()}
-        ratio = row["ratio"] or np.mean([figure["ratio"] for figure in figures.values()])
-        lines.append(
-            f"| {ratio:.3g} | {row['method']} | {' | '.join(shown)} | {drop} | {'-'.join(map(str, sorted(seeds)))} |"
-        )
+        show = _accuracy if drops else lambda found: f"{found[figure]:.3f}"
+        shown = [show(figures[task]) if task in figures else "" for task in tasks]
+        if drops:
+            shown.append("" if row["mean_drop"] is None else f"{row['mean_drop']:.2f}")
+        seeds = {len(found["seeds"]) for found in figures.values()}
+        ratio = row["ratio"] or np.mean([found["ratio"] for found in figures.values()])
+        name = TITLES.get(row["method"], row["method"])
+        lines.append(f"| {ratio:.3g} | {name} | {' | '.join(shown)} | {'-'.join(map(str, sorted(seeds)))} |")
+    return "\n".join(lines)
+
+
+def information_table(cells: Cells) -> str:
+    """Rank correlation of code lengths with information about the label at equal count, a row a seed."""
+    lines = ["| task | ratio | method | seed | correlation | p | tokens |", "|---|---|---|---|---|---|---|"]
+    for key in sorted(cells, key=lambda key: (key.task, key.ratio or 0, key.method, key.seed)):
+        if found := cells[key].get("label_information"):
+            figures = f"{found['correlation']:.2f} | {found['p']:.0e} | {found['tokens']}"
+            lines.append(
+                f"| {key.task} | {key.ratio:g} | {TITLES.get(key.method, key.method)} | {key.seed} | {figures} |"
+            )
     return "\n".join(lines)
 
 
@@ -108,10 +125,10 @@ def _accuracy(figure: dict) -> str:
 
 def paired_table(summary: dict) -> str:
     """Points of test accuracy that learned lengths are ahead, with 95 % bootstrap intervals."""
-    lines = ["| ratio | learned ahead of | task | points | 95 % interval |", "|---|---|---|---|---|"]
+    lines = ["| ratio | default ahead of | task | points | 95 % interval |", "|---|---|---|---|---|"]
     for pair in summary["paired"]:
         low, high = pair["interval"]
-        who = f"| {pair['ratio']:g} | {pair['theirs']} | {pair['task']} |"
+        who = f"| {pair['ratio']:g} | {TITLES.get(pair['theirs'], pair['theirs'])} | {pair['task']} |"
         lines.append(f"{who} {pair['points']:+.2f} | {low:+.2f} to {high:+.2f} |")
     return "\n".join(lines)
 
@@ -173,11 +190,12 @@ def fill_readme(readme: Path, text: str) -> None:
 
 
 def write_report(cells: Cells, folder: Path) -> dict:
-    """Print both tables, write `tables.md`, `summary.json` and `accuracy.png` into `folder`."""
+    """Print all tables, write `tables.md`, `summary.json` and `accuracy.png` into `folder`."""
     cells.refuse_mixture()
     summary = summarize(cells)
     if summary["rows"]:
-        tables = f"{table(summary)}\n\n{paired_table(summary)}\n"
+        parts = [table(summary), table(summary, figure="log_loss"), paired_table(summary), information_table(cells)]
+        tables = "\n\n".join(parts) + "\n"
         print(f"\n{tables}")
         (folder / "tables.md").write_text(tables, encoding="utf-8")
         plot(summary, folder / "accuracy.png")

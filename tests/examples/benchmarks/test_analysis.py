@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification
 
 
 def test_information_about_the_label(example):
-    module = example("significance")
+    module = example("information")
     rows = {"input_ids": [[1, 2], [1, 3, 3], [1, 2], [1, 3]], "labels": [0, 1, 0, 1]}
     task = example("comparison").Task({"train": rows}, ["a", "b"], None, None, None)
     information = module.label_information(task, 5)
@@ -17,7 +17,7 @@ def test_information_about_the_label(example):
 
 
 def test_correlation_at_equal_count_sees_through_counts(example):
-    correlate = example("significance").correlation_at_equal_count
+    correlate = example("information").correlation_at_equal_count
     draw = np.random.default_rng(0)
     counts = draw.zipf(1.5, 3000).clip(max=10**5).astype(float) + 5
     information = draw.random(3000) * counts  # rises with the count, as lengths do

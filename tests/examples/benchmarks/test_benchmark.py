@@ -16,7 +16,7 @@ def embedding():
     return nn.Embedding.from_pretrained(torch.randn(TOKENS, DIM) / torch.arange(1, DIM + 1) ** 0.7)
 
 
-@pytest.mark.parametrize("method", ["uniform", "pq", "opq", "lsh", "itq", "svd", "compositional"])
+@pytest.mark.parametrize("method", ["uniform", "pq", "opq", "lsh", "itq", "svd", "compositional", "trim"])
 @pytest.mark.parametrize("ratio", [8, 20])
 def test_peers_fit_the_size_and_the_table(example, embedding, method, ratio, monkeypatch):
     methods, peers = example("methods"), example("peers")
@@ -37,6 +37,15 @@ def test_peers_fit_the_size_and_the_table(example, embedding, method, ratio, mon
     decoded.square().sum().backward()
     assert all(parameter.grad is not None for parameter in peer.parameters())
     assert not any(name == "codes" for name, _ in peer.named_parameters())
+
+
+def test_trimmed_tables_keep_the_frequent_rows(example, embedding):
+    peer = example("peers").Trimmed(embedding.weight.detach(), torch.arange(TOKENS), kept=100)
+    peer.finish()
+    rows = peer(torch.arange(TOKENS))
+    assert (rows[-100:] - embedding.weight[-100:]).abs().max() < embedding.weight.abs().max() / 100
+    assert (rows[:-100] == rows[0]).all()
+    assert peer.stored_bytes() == 101 * (DIM + 2)
 
 
 def test_sizes_that_a_peer_cannot_reach_are_said(example, embedding):
@@ -73,12 +82,25 @@ def test_cells_survive_and_runs_go_on(example, tmp_path):
 
 def test_scores_leave_out_what_has_no_label(example):
     module = example("cells")
-    log_probabilities = np.log(np.array([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.5, 0.5]]]))
-    scores = module.score_items(log_probabilities, np.array([[0, 0], [1, -100]]))
+    logits = torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.5, 0.5]]]).log() + 3
+    labels = torch.tensor([[0, 0], [1, -100]])
+    kept = module.label_scores(logits, labels)
+    assert kept.shape == (2, 2, 2)
+    scores = module.score_items(kept.numpy(), labels.numpy())
     assert scores["accuracy"] == pytest.approx(100 / 3)
     assert scores["log_loss"] == pytest.approx(-np.log([0.9, 0.2, 0.4]).mean())
     assert module.decode_counts(scores["right"]).tolist() == [1, 0]
     assert module.decode_counts(scores["of"]).tolist() == [2, 1]
+
+
+def test_versions_of_the_method_are_not_mixed(example, tmp_path):
+    module = example("cells")
+    cells = module.Cells(tmp_path / "cells.jsonl")
+    cells.add(module.Key("task", "dense", None, 0), {"ratio": 1.0})
+    cells.add(module.Key("task", "learned", 80.0, 0), {"version": "1234"})
+    cells.refuse_mixture("1234")
+    with pytest.raises(ValueError, match=r"cells\.jsonl would mix cells of several versions of the method, 1234, 5678"):
+        cells.refuse_mixture("5678")
 
 
 def test_paired_difference_has_the_interval_of_its_texts(example):
@@ -115,12 +137,23 @@ def test_whole_benchmark_on_a_toy_task(example, toy_model, write_tsv, tmp_path, 
     assert rows["dense"]["drop"] == 0
     assert rows["learned"]["ratio"] >= 8
     assert (tmp_path / "results" / "accuracy.png").stat().st_size > 10_000
-    assert "| 8 | learned |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 8 | default |" in printed
+    assert "| 8 | learned |" not in printed
 
     started = [path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")]
     monkeypatch.setattr(accuracy.Run, "cell", lambda *_: pytest.fail("a finished cell was run again"))
     assert accuracy.main([*given, "--methods", *methods]) == summary
     assert [path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")] == started
+
+
+def test_lengths_that_follow_labels_are_told(example, tmp_path):
+    module = example("cells")
+    cells = module.Cells(tmp_path / "cells.jsonl")
+    found = {"correlation": 0.345, "p": 1e-9, "tokens": 700}
+    cells.add(module.Key("task", "learned:select_fraction=0", 80.0, 1), {"label_information": found})
+    told = example("report").information_table(cells).splitlines()
+    assert told[2:] == ["| task | 80 | lengths not learned | 1 | 0.34 | 1e-09 | 700 |"]
 
 
 def test_readme_is_filled_between_its_markers(example, tmp_path):

@@ -52,6 +52,21 @@ def test_padding_does_not_change_the_classifier(example):
     assert torch.allclose(model(ids, mask).logits, model(*padded).logits, atol=1e-6)
 
 
+def test_next_words_are_labels_where_they_have_a_vector(example, vectors_file, tmp_path):
+    module = example("static_vectors")
+    (tmp_path / "train.txt").write_text("Word1 word2, word3\n\n" * 40, encoding="utf-8")
+    task = module.static_language(module.VectorArguments(vectors_file), {"train": str(tmp_path / "train.txt")})
+    assert task.labels == [*module.SPECIAL, "word1", "word2", "word3"]
+    row = task.splits["train"][0]
+    assert row["input_ids"][:5] == [3, 4, 1, 5, 3]
+    assert row["labels"][:5] == [4, -100, 5, 3, 4]
+    assert {len(row["labels"]) for row in task.splits["train"]} == {module.BLOCK}
+    model = task.new_model()
+    out = model(**task.collator([dict(row) for row in task.splits["train"]]))
+    assert out.logits.shape[-1] == model.get_input_embeddings().num_embeddings
+    assert not model.lstm.bidirectional
+
+
 def test_dense_then_compressed(example, vectors_file, write_tsv, tmp_path):
     given = {
         "vectors_file": vectors_file,
