@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -226,6 +227,16 @@ def toy_arguments(toy_model, write_tsv, tmp_path):
         return [*command_line({**given, **changes}), "--column_names", "label", "text", *lengths, "--use_cpu"]
 
     return words
+
+
+@pytest.fixture
+def vectors_file(tmp_path):
+    """Word vectors of the toy tasks."""
+    file = tmp_path / "vectors.npz"
+    draw = np.random.default_rng(0)
+    words = [*WORDS, "Word0"]  # differs from the first in case only
+    np.savez(file, words=np.array(words), vectors=draw.normal(size=(len(words), 24)).astype(np.float16))
+    return str(file)
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,19 @@
 python examples/benchmarks/significance.py --train_file train.tsv --test_file test.tsv \
     --column_names label text --target_ratio 80
 
-Trains dense, compresses and trains on as `classification.py` does, then writes `significance.png` and
-`significance.json`: a histogram of lengths, lengths against counts with the tokens' information about the label as
-colour, the tokens whose length their count does not explain, and rank correlations with that information at equal
-count: of the code lengths, of how sure the dense model is of the texts a token stands in, and of the damage to its
-outputs where one token of a text has no vector of its own (the mean stands there) or the shortest code, by code-books
-fitted in the task's metric and by Euclidean ones.
+or, with `--vectors_file word2vec.npz`, on word vectors.
+
+Trains dense, compresses and trains on as `classification.py` or `static_vectors.py` does, then writes
+`significance.png` and `significance.json`: a histogram of lengths, lengths against counts with the tokens' information
+about the label as colour, the tokens whose length their count does not explain, and rank correlations with that
+information at equal count: of the code lengths, of how sure the dense model is of the texts a token stands in, and of
+the damage to its outputs where one token of a text has no vector of its own (the mean stands there) or the shortest
+code, by code-books fitted in the task's metric and by Euclidean ones.
 """
 
 import copy
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib as mpl
@@ -23,10 +26,18 @@ from comparison import CompressionArguments, ShortTrainingArguments, compare, pa
 from damage import shortest_codes, sureness_and_damage
 from information import LEAST_COUNT, correlation_at_equal_count, label_information
 from labelled_texts import DataTrainingArguments
+from static_vectors import VectorArguments, static_vectors
 from torch.utils.data import DataLoader
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without windows
+
+
+@dataclass
+class WordVectors:
+    vectors_file: str | None = field(
+        default=None, metadata={"help": "An LSTM on these word vectors in place of a pretrained model: npz."}
+    )
 
 
 def plot(lengths: np.ndarray, counts: np.ndarray, information: np.ndarray, file: Path) -> None:
@@ -58,10 +69,14 @@ def plot(lengths: np.ndarray, counts: np.ndarray, information: np.ndarray, file:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    groups = (ModelArguments, DataTrainingArguments, CompressionArguments, ShortTrainingArguments)
-    model_args, data_args, compression_args, training_args = parse(groups, arguments)
+    groups = (WordVectors, ModelArguments, DataTrainingArguments, CompressionArguments, ShortTrainingArguments)
+    vectors, model_args, data_args, compression_args, training_args = parse(groups, arguments)
     folder = Path(training_args.output_dir)
-    task = text_classification(model_args, data_args, training_args.seed)
+    if vectors.vectors_file is None:
+        task = text_classification(model_args, data_args, training_args.seed)
+    else:
+        vector_args = VectorArguments(vectors.vectors_file, model_args.max_seq_length)
+        task = static_vectors(vector_args, data_args, training_args.seed)
     model, figures = compare(task, compression_args, training_args)
     lengths = model.get_input_embeddings().code_lengths()
     counts = task.token_counts(len(lengths))

@@ -49,9 +49,11 @@ class WordVectorModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings = value
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[PackedSequence, Tensor]:
-        """States at all words, and the last ones, (directions, B, h)."""
-        words = self.dropout(self.embeddings(input_ids))
+    def run(
+        self, input_ids: Tensor | None, attention_mask: Tensor, inputs_embeds: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
+        """States at all words, of ids (B, T) or vectors (B, T, d), and the last ones, (directions, B, h)."""
+        words = self.dropout(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         lengths = attention_mask.sum(dim=1).cpu()
         packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
         states, (last, _) = self.lstm(packed)
@@ -62,9 +64,13 @@ class WordVectorClassifier(WordVectorModel):
     """A label for a text, from the last states."""
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        _, last = self.run(input_ids, attention_mask)
+        _, last = self.run(input_ids, attention_mask, inputs_embeds)
         logits = self.classifier(self.dropout(torch.cat([last[0], last[1]], dim=1)))
         loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
@@ -73,9 +79,15 @@ class WordVectorClassifier(WordVectorModel):
 class WordVectorTagger(WordVectorModel):
     """A label for each word, from the states there."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
-        states, _ = self.run(input_ids, attention_mask)
-        padded, _ = pad_packed_sequence(states, batch_first=True, total_length=input_ids.shape[1])
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> TokenClassifierOutput:
+        states, _ = self.run(input_ids, attention_mask, inputs_embeds)
+        padded, _ = pad_packed_sequence(states, batch_first=True, total_length=attention_mask.shape[1])
         logits = self.classifier(self.dropout(padded))
         loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten())
         return TokenClassifierOutput(loss=loss, logits=logits)

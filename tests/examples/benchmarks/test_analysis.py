@@ -29,8 +29,10 @@ def test_correlation_at_equal_count_sees_through_counts(example):
     assert found["p"] < 1e-6
 
 
-def test_significance_script(example, toy_arguments, tmp_path):
-    figures = example("significance").main(toy_arguments())
+@pytest.mark.parametrize("model", ["encoder", "word vectors"])
+def test_significance_script(example, toy_arguments, vectors_file, tmp_path, model):
+    given = {"vectors_file": vectors_file, "target_ratio": 4} if model == "word vectors" else {}
+    figures = example("significance").main(toy_arguments(**given))
     found = figures["correlation_with_label_information"]
     damages = ["damage_without_vector", "damage_of_shortest_code", "damage_of_euclidean_code"]
     assert [*found] == ["code_length", "sureness", *damages]

@@ -7,15 +7,6 @@ from conftest import WORDS, command_line
 from datasets import Dataset, DatasetDict
 
 
-@pytest.fixture
-def vectors_file(tmp_path):
-    file = tmp_path / "vectors.npz"
-    draw = np.random.default_rng(0)
-    words = [*WORDS, "Word0"]  # differs from the first in case only
-    np.savez(file, words=np.array(words), vectors=draw.normal(size=(len(words), 24)).astype(np.float16))
-    return str(file)
-
-
 def test_words_that_differ_in_case_are_one(example, vectors_file):
     words, vectors = example("static_vectors").read_vectors(vectors_file)
     assert words == WORDS
