@@ -33,6 +33,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .config import AdaCompConfig
+from .integration.calibration import calibrate
 from .integration.compression import compress, decompress, pack
 from .integration.methods import set_card_writer as _set_card_writer
 from .integration.quantizer import register as _register
@@ -54,6 +55,7 @@ __all__ = [
     "AdaCompConfig",
     "AdaptiveCompressedEmbedding",
     "add_tokens",
+    "calibrate",
     "compress",
     "decompress",
     "keep_tokens",

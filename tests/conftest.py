@@ -184,19 +184,24 @@ def example():
         sys.path.remove(folder)
 
 
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Of the words `WORDS`, between white space, with the special tokens of BERT."""
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory) -> Path:
     """Folder of a random two-layer BERT and its word tokenizer."""
     folder = tmp_path_factory.mktemp("toy_model")
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -55,6 +55,12 @@ class Observation(KeptDtype):
         self._moments: Tensor | None = None
         self.broken = False  # whether a gradient since the last `collect` was NaN or Inf
 
+    def count(self, tokens: Tensor) -> None:
+        """Take note of tokens, (N,), once for each time that they are there; of none where the user gave counts."""
+        if self.counting:
+            counted = torch.bincount(tokens, minlength=len(self.token_counts))
+            self._counts = counted if self._counts is None else self._counts.add_(counted)
+
     def watch_look_up(self, ids: Tensor, vectors: Tensor, measure: bool) -> None:
         """Take note of the gradients at vectors (..., d) of ids (...) when they come, and of moments to `measure`."""
 
@@ -63,10 +69,8 @@ class Observation(KeptDtype):
             if not rows.isfinite().all():
                 self.broken = True
                 return
-            if self.counting:
-                reached = ids.flatten()[(rows != 0).any(dim=1)]
-                counted = torch.bincount(reached, minlength=len(self.token_counts))
-                self._counts = counted if self._counts is None else self._counts.add_(counted)
+            if self.counting:  # asked before the search for rows that are reached
+                self.count(ids.flatten()[(rows != 0).any(dim=1)])
             if measure:
                 self._measure(rows)
 
@@ -105,8 +109,7 @@ class Observation(KeptDtype):
         """
         counts = torch.zeros_like(self.token_counts) if self._counts is None else self._counts
         moments = self._moments
-        self._counts = self._moments = None
-        self.broken = False
+        self.discard()
         if self.counting:
             counts = sum_over_ranks(counts)
             self.token_counts += counts
@@ -118,6 +121,11 @@ class Observation(KeptDtype):
             came = came or bool(total.any())
             self.moment_bits.copy_((self.moments + total).view(torch.int64))
         return counts, came
+
+    def discard(self) -> None:
+        """Forget what came since the last `collect`."""
+        self._counts = self._moments = None
+        self.broken = False
 
     @property
     def moments(self) -> Tensor:

@@ -1,0 +1,118 @@
+"""Texts without labels as the batches that a model takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from .sentence import is_sentence_model, tokenizer_of
+
+Text = str | Sequence[str]
+"""One text, or a pair."""
+
+
+class TextBatches:
+    """Batches of texts, those of about one length together.
+
+    Args:
+        texts: Texts, or pairs of texts.
+        tokenizer: Of the model.
+        batch_size: Texts in a batch.
+        max_length: Longer texts are cut to so many tokens.
+        num_tokens: V; where the tokenizer has its padding beyond that, or none, token 0 stands for it.
+        prompt: What every text begins with.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Text],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        max_length: int,
+        num_tokens: int,
+        prompt: str = "",
+    ) -> None:
+        # A pair that JSON or a data set holds is a list, which a tokenizer takes for a batch.
+        self.texts = sorted(
+            ((prompt + text) if isinstance(text, str) else tuple(text) for text in texts), key=lambda t: len("".join(t))
+        )
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.max_length = min(max_length, tokenizer.model_max_length)
+        padding = tokenizer.pad_token_id
+        self.padding = {"input_ids": padding if padding is not None and padding < num_tokens else 0}
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.texts) / self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.texts), self.batch_size):
+            batch = self.texts[start : start + self.batch_size]
+            yield self._padded(self.tokenizer(batch, truncation=True, max_length=self.max_length))
+
+    def _padded(self, encoded: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
+        # By hand: a tokenizer of a language model often has no padding token, and none is needed where it is masked.
+        rows = {name: [torch.tensor(row, dtype=torch.int64) for row in values] for name, values in encoded.items()}
+        rows.setdefault("attention_mask", [torch.ones_like(row) for row in rows["input_ids"]])
+        return {
+            name: pad_sequence(values, batch_first=True, padding_value=self.padding.get(name, 0))
+            for name, values in rows.items()
+        }
+
+
+def batches_of(
+    model: Any,
+    texts_or_batches: Iterable[Text] | Iterable[Mapping[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch_size: int,
+    max_length: int,
+    num_tokens: int,
+) -> tuple[Iterable[Mapping[str, Any]], PreTrainedTokenizerBase | None]:
+    """Batches of texts, or the batches that are given, and the tokenizer of the texts.
+
+    Raises:
+        ValueError: If there is nothing, texts without a tokenizer, or something else than texts and batches.
+    """
+    if isinstance(texts_or_batches, str):
+        raise ValueError("one string is given: calibrate takes a list of texts, or batches of token ids")
+    if tokenizer is None and is_sentence_model(model):
+        tokenizer = tokenizer_of(model)
+    given: Iterable[Any] = texts_or_batches
+    try:
+        len(given)  # type: ignore[arg-type]  # that is the question: a loader knows its length, a generator does not
+    except TypeError:
+        given = list(given)
+    first = next(iter(given), None)
+    if first is None:
+        raise ValueError("no texts and no batches are given: there is nothing to calibrate on")
+    if isinstance(first, Mapping):
+        return given, None
+    if not _is_text(first):
+        raise ValueError(f"calibrate takes texts, pairs of texts or batches of named tensors; got {first!r}")
+    if tokenizer is None:
+        raise ValueError(f"texts for a {type(model).__name__} need its tokenizer: calibrate(model, texts, tokenizer)")
+    texts = [*given]
+    if bad := [text for text in texts if not _is_text(text)]:
+        raise ValueError(f"{len(bad)} of {len(texts)} texts are none, the first {bad[0]!r}: drop them")
+    if not any("".join(text).strip() for text in texts):
+        raise ValueError(f"all {len(texts)} texts are empty: there is nothing to calibrate on")
+    if is_sentence_model(model):
+        max_length = min(max_length, getattr(model, "max_seq_length", None) or max_length)
+    return TextBatches(texts, tokenizer, batch_size, max_length, num_tokens, _prompt(model)), tokenizer
+
+
+def _is_text(value: Any) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return isinstance(value, str) or (pair and all(isinstance(part, str) for part in value))
+
+
+def _prompt(model: Any) -> str:
+    """What a sentence model puts before every text."""
+    name = getattr(model, "default_prompt_name", None)
+    prompt: str = (getattr(model, "prompts", None) or {}).get(name, "") if name is not None else ""
+    return prompt

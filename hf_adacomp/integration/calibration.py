@@ -1,0 +1,194 @@
+"""Calibration: what training would show of a table, from texts without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..nn.embedding import AdaptiveCompressedEmbedding
+from .answers import ask
+from .batches import Text, batches_of
+from .tables import named_modules, require_compressed, transformers_models
+
+Model = TypeVar("Model", bound=Any)
+
+IDS = "input_ids"
+
+
+def calibrate(
+    model: Model,
+    texts_or_batches: Iterable[Text] | Iterable[Mapping[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_size: int = 32,
+    max_length: int = 256,
+    measured_batches: int = 64,
+    show_progress: bool = True,
+) -> Model:
+    """Fit the codes of a compressed model to texts without labels, in place; then `pack` it, or train it.
+
+    Counts how often each token occurs, and measures how the model's answers react to errors in each direction of a
+    token's vector: its sentence embeddings, its logits, or else its last hidden states. If batches have labels, their
+    loss is what must not change. The code-book and the code lengths are fitted to that. Nothing is trained.
+
+    >>> import torch
+    >>> from hf_adacomp import AdaCompConfig, calibrate, compress, pack
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> model = compress(model, AdaCompConfig(target_ratio=20))
+    >>> batches = [{"input_ids": torch.randint(1000, (8, 16))} for _ in range(4)]
+    >>> pack(calibrate(model, batches, show_progress=False)).get_input_embeddings().phase
+    'packed'
+
+    Args:
+        model: What `compress` returned, or `from_pretrained` with `quantization_config=AdaCompConfig(...)`.
+        texts_or_batches: Texts or pairs of texts such as the model is for, some thousands; or batches, mappings of
+            names to tensors as the model takes them.
+        tokenizer: Of the texts. A sentence-transformers model has its own, and its default prompt is put first.
+        batch_size: Texts in a batch.
+        max_length: Longer texts are cut to so many tokens.
+        measured_batches: So many batches, evenly spread, run through the model; of the others tokens are counted. Of
+            a model with several compressed tables all batches run.
+        show_progress: Whether to draw progress bars.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: For texts that are empty or hold no known token, batches that reach no table, a tokenizer of
+            another vocabulary, tables that are fitted already. Nothing is fitted then.
+    """
+    tables = require_compressed(model)
+    for name, table in tables.items():
+        if table.phase != "observe":
+            raise ValueError(
+                f"{name} is not to be calibrated in its phase {table.phase!r}: calibrate(model, texts) comes right "
+                "after compress(model, config)"
+            )
+    seen = _Seen(model, tables)
+    batches, tokenizer = batches_of(
+        model, texts_or_batches, tokenizer, batch_size, max_length, num_tokens=len(seen.tokens)
+    )
+    total = len(batches)  # type: ignore[arg-type]  # what has no length was made a list
+    every = 1 if len(tables) > 1 else math.ceil(total / max(1, measured_batches))
+    states = [table.require_training("calibrate") for table in tables.values()]
+    generator = torch.Generator().manual_seed(states[0].config.seed)
+    try:
+        with _source_in_use(model, tables):
+            for i, batch in enumerate(tqdm(batches, total=total, desc="Calibrating", disable=not show_progress)):
+                placed = seen.take_note(batch)
+                if i % every:
+                    seen.count(placed)
+                else:
+                    _measure(model, placed, generator)
+        seen.check(tokenizer)
+    except BaseException:
+        for state in states:
+            state.observation.discard()
+        raise
+    for state in states:
+        state.recount()
+    for table in tables.values():
+        table.end_observation(show_progress)
+    return model
+
+
+@contextmanager
+def _source_in_use(model: Any, tables: Mapping[str, AdaptiveCompressedEmbedding]) -> Iterator[None]:
+    """A model as in evaluation whose tables, and they alone, are as in training: they use and observe their source."""
+    modules = [*named_modules(model).values()]
+    modes = {module: module.training for module in modules}
+    learning = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
+    try:
+        for module in modules:
+            module.training = False
+        for table in tables.values():
+            table.training = True
+        for parameter in learning:  # gradients are wanted at the vectors only
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _measure(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -> None:
+    """One way forth and back; the tables observe it."""
+    inner = transformers_models(model)[0]
+    if inner.config.is_encoder_decoder and not {"labels", "decoder_input_ids", "decoder_inputs_embeds"} & {*batch}:
+        raise ValueError(
+            f"{type(inner).__name__} reads one text and writes another: give batches with labels, as its training has "
+            "them, in place of texts"
+        )
+    loss = inner(**batch).loss if batch.get("labels") is not None else ask(model, batch).probe(generator)
+    if loss.requires_grad:
+        loss.backward()
+
+
+class _Seen:
+    """Which tokens batches hold, and whether they can be right.
+
+    Args:
+        model: The compressed model.
+        tables: Its tables.
+    """
+
+    def __init__(self, model: Any, tables: Mapping[str, AdaptiveCompressedEmbedding]) -> None:
+        self.model, self.tables = model, tables
+        inner = transformers_models(model)[0]
+        num_tokens: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of ours
+        self.device = inner.device
+        self.tokens = torch.zeros(num_tokens, dtype=torch.bool)
+        for table in tables.values():
+            table.reached = False
+
+    def take_note(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch on the model's device; ValueError for ids that the table has not."""
+        if (ids := batch.get(IDS)) is not None and ids.numel():
+            if not 0 <= int(ids.min()) <= int(ids.max()) < len(self.tokens):
+                raise ValueError(
+                    f"token ids run from {int(ids.min())} to {int(ids.max())}, but the table has {len(self.tokens)} "
+                    "rows: the tokenizer is of another model"
+                )
+            self.tokens[self._unmasked(batch)] = True
+        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def count(self, batch: Mapping[str, Any]) -> None:
+        """Count the tokens of a batch that does not run through the model."""
+        if IDS in batch:
+            for table in self.tables.values():
+                table.require_training("calibrate").observation.count(self._unmasked(batch))
+
+    def check(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """ValueError for batches that reach no table, answers that are no numbers, texts of special tokens alone."""
+        for name, table in self.tables.items():
+            if table.require_training("calibrate").observation.broken:
+                raise ValueError(f"the gradients at {name} are NaN or Inf: the model's answers to these batches are")
+            if not table.reached:
+                raise ValueError(
+                    f"the batches never reach {name}: no forward pass has looked up a token in it. Give batches with "
+                    f"token ids ({IDS!r}), and no inputs_embeds"
+                )
+        if tokenizer is not None:
+            found = set(self.tokens.nonzero().squeeze(1).tolist())
+            if not found - {*tokenizer.all_special_ids}:
+                named = tokenizer.convert_ids_to_tokens(sorted(found))
+                raise ValueError(
+                    f"the texts hold no known token, only {', '.join(named)}: they are not in a language or writing "
+                    "that the tokenizer knows, or it is of another model"
+                )
+
+    def _unmasked(self, batch: Mapping[str, Any]) -> Tensor:
+        ids: Tensor = batch[IDS].flatten()
+        mask = batch.get("attention_mask")
+        return ids if mask is None or mask.numel() != ids.numel() else ids[mask.flatten().bool()]
