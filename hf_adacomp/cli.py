@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm.auto import trange
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import compat
 from .config import HEADS, AdaCompConfig
+from .integration.agreement import Agreement
+from .integration.batches import text_batches
+from .integration.calibration import calibrate
 from .integration.compression import compress, decompress, pack
 from .integration.methods import SENTENCE_FILE
 from .integration.sentence import is_sentence_model, static_model, tokenizer_of
@@ -29,6 +30,7 @@ from .integration.sizes import size_report
 from .integration.tables import require_compressed, transformers_models
 from .reports.plots import plot_lengths
 from .reports.tokens import token_table
+from .text_files import read_texts
 
 TOKENIZER_FILE = "tokenizer_config.json"
 
@@ -37,6 +39,9 @@ MODULES_FILE = "modules.json"
 
 LINES = 1024
 """Lines of a text that are tokenized at once."""
+
+HELD_OUT, HELD_OUT_EVERY = 256, 10
+"""Texts that `--report` holds out, and at most one of so many."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,14 +70,20 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "compress",
         help="compress a model without training",
-        description="Fit codes to the token table, pack them and save the model, without any training: a quick look. "
-        "Tokens count by how often they occur in --counts-from, which should be like the texts the model is for; "
-        "without it all count alike.",
+        description="Fit codes to the token table, pack them and save the model, without any training. With "
+        "--calibrate, texts such as the model is for show how often tokens occur and what its answers react to; "
+        "--counts-from takes counts alone from a text; without both, all tokens count alike.",
     )
     verb.add_argument("model", metavar="MODEL", help=dense)
     verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     verb.add_argument("--ratio", type=float, default=40.0, help="dense bytes / stored bytes (default: %(default)g)")
-    verb.add_argument("--counts-from", metavar="FILE.txt", type=Path, help="text to count tokens in, .gz too")
+    source = verb.add_mutually_exclusive_group()
+    source.add_argument("--calibrate", metavar="FILE", type=Path, help="texts: .txt, .csv, .tsv or .jsonl, .gz too")
+    source.add_argument("--counts-from", metavar="FILE.txt", type=Path, help="text to count tokens in, .gz too")
+    verb.add_argument("--column", help="of the texts in a table (default: text or sentence)")
+    verb.add_argument(
+        "--report", action="store_true", help="hold out texts of --calibrate and compare dense and packed answers"
+    )
     verb.add_argument("--code-lengths", metavar="BITS", type=int, nargs="+", help="default: chosen for the size")
     verb.add_argument("--head", choices=HEADS, default="compress", help="what becomes of a tied output head")
     verb.set_defaults(run=_compress)
@@ -98,15 +109,47 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress(args: argparse.Namespace) -> None:
     _refuse_same(args)
+    if args.report and args.calibrate is None:
+        raise ValueError("--report compares answers to texts of --calibrate: name them")
     config = AdaCompConfig(args.code_lengths or "auto", target_ratio=args.ratio, head=args.head)
+    texts = None if args.calibrate is None else read_texts(args.calibrate, args.column)
     model = _load(args.model)
     counts = _counts(args, model)
     compress(model, config, counts)
-    if counts is None:
-        for embedding in require_compressed(model).values():
-            embedding.warm_start()
-    _save(pack(model), args)
+    if texts is not None:
+        _calibrate(args, model, texts)
+    else:
+        if counts is None:
+            for embedding in require_compressed(model).values():
+                embedding.warm_start()
+        pack(model)
+    _save(model, args)
     print(size_report(model))
+
+
+def _calibrate(args: argparse.Namespace, model: Any, texts: list[str]) -> None:
+    """Calibrate and pack; tell what was seen and, with `--report`, how far answers to held-out texts agree."""
+    tokenizer = _tokenizer(args.model, model)
+    held_out = texts[:: max(HELD_OUT_EVERY, len(texts) // HELD_OUT)] if args.report else []
+    agreement = None
+    if held_out:
+        held = set(held_out)
+        texts = [text for text in texts if text not in held]
+        agreement = Agreement(model, text_batches(model, held_out, tokenizer))
+    calibrate(model, texts, tokenizer)
+    for name, embedding in require_compressed(model).items():
+        seen = embedding.token_counts()
+        print(
+            f"{name}: {len(texts):,} texts hold {int(seen.sum()):,} tokens, {int(seen.count_nonzero()):,} of "
+            f"{len(seen):,} different ones"
+        )
+    pack(model)
+    if agreement is not None:
+        cosines = agreement.cosines()
+        print(
+            f"cosine of dense and packed answers to {len(held_out)} held-out texts: mean {cosines.mean():.4f}, "
+            f"lowest 5 % below {cosines.quantile(0.05):.4f}"
+        )
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -183,23 +226,12 @@ def _counts(args: argparse.Namespace, model: Any) -> Tensor | None:
     inner = static_model(model) or transformers_models(model)[0]
     size: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
     counts = torch.zeros(size, dtype=torch.int64)
-    with _open(args.counts_from) as lines:
-        for batch in tqdm(_batches(lines), desc="Counting tokens", unit="batch"):
-            ids = [i for row in tokenizer(batch, truncation=False, verbose=False)["input_ids"] for i in row]
-            counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=size)
-    if not counts.any():
-        raise ValueError(f"{args.counts_from} holds no text to count tokens in")
+    texts = read_texts(args.counts_from)
+    for start in trange(0, len(texts), LINES, desc="Counting tokens"):
+        batch = texts[start : start + LINES]
+        ids = [i for row in tokenizer(batch, truncation=False, verbose=False)["input_ids"] for i in row]
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=size)
     return counts
-
-
-def _open(file: Path) -> IO[str]:
-    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-
-
-def _batches(lines: IO[str]) -> Iterator[list[str]]:
-    stripped = (line.strip() for line in lines)
-    while batch := list(islice(stripped, LINES)):
-        yield batch
 
 
 if __name__ == "__main__":

@@ -54,6 +54,24 @@ def test_compress_without_counts_and_gzipped_counts(toy_model, text, tmp_path, c
     assert capsys.readouterr().out.count("ratio") == 2
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_compress_calibrates_and_reports(toy_model, tmp_path, capsys, kind):
+    texts = [f"{' '.join(WORDS[:3])} {word}" for word in WORDS[:100]]
+    file = tmp_path / f"texts.{kind}"
+    lines = [json.dumps({"body": text}) for text in texts] if kind == "jsonl" else texts
+    file.write_text("\n".join(lines), encoding="utf-8")
+    options = ["--ratio", "30", "--code-lengths", "4", "16", "--calibrate", str(file), "--report"]
+    options += ["--column", "body"] if kind == "jsonl" else []
+    assert main(["compress", str(toy_model), str(tmp_path / "out"), *options]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.get_input_embeddings().phase == "packed"
+    printed = capsys.readouterr().out
+    # Ten texts are held out; the others have four words and two special tokens each.
+    assert "90 texts hold 540 tokens, 93 of 204 different ones" in printed
+    assert "answers to 10 held-out texts: mean 0.9" in printed
+    assert "ratio" in printed
+
+
 def test_inspect_prints_sizes_and_tokens(packed, capsys):
     capsys.readouterr()
     assert main(["inspect", str(packed), "--json", "--tokens", "3"]) == 0
@@ -93,6 +111,8 @@ def test_decompress_gives_a_plain_model(packed, ids, tmp_path):
         (["compress", "{toy}", "{toy}"], "name another folder"),
         (["compress", "{toy}", "{tmp}/out", "--counts-from", "{tmp}/nowhere.txt"], "nowhere.txt"),
         (["compress", "{toy}", "{tmp}/out", "--counts-from", "{tmp}/empty.txt"], "holds no text"),
+        (["compress", "{toy}", "{tmp}/out", "--calibrate", "{tmp}/empty.txt"], "holds no text"),
+        (["compress", "{toy}", "{tmp}/out", "--report"], "--report compares answers to texts of --calibrate"),
         (["inspect", "{tmp}/nowhere"], "nowhere"),
     ],
 )

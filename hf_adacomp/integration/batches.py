@@ -12,6 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .sentence import is_sentence_model, tokenizer_of
+from .tables import transformers_models
+
+BATCH_SIZE, MAX_LENGTH = 32, 256
+"""Texts in a batch, and tokens of a text."""
 
 Text = str | Sequence[str]
 """One text, or a pair."""
@@ -69,9 +73,7 @@ def batches_of(
     model: Any,
     texts_or_batches: Iterable[Text] | Iterable[Mapping[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None,
-    batch_size: int,
-    max_length: int,
-    num_tokens: int,
+    **sizes: int,
 ) -> tuple[Iterable[Mapping[str, Any]], PreTrainedTokenizerBase | None]:
     """Batches of texts, or the batches that are given, and the tokenizer of the texts.
 
@@ -101,9 +103,21 @@ def batches_of(
         raise ValueError(f"{len(bad)} of {len(texts)} texts are none, the first {bad[0]!r}: drop them")
     if not any("".join(text).strip() for text in texts):
         raise ValueError(f"all {len(texts)} texts are empty: there is nothing to calibrate on")
-    if is_sentence_model(model):
-        max_length = min(max_length, getattr(model, "max_seq_length", None) or max_length)
-    return TextBatches(texts, tokenizer, batch_size, max_length, num_tokens, _prompt(model)), tokenizer
+    return text_batches(model, texts, tokenizer, **sizes), tokenizer
+
+
+def text_batches(
+    model: Any,
+    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = BATCH_SIZE,
+    max_length: int = MAX_LENGTH,
+) -> TextBatches:
+    """Batches of texts as a model takes them: a sentence model puts its default prompt first."""
+    inner = transformers_models(model)[0]
+    num_tokens: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
+    longest = getattr(model, "max_seq_length", None) if is_sentence_model(model) else None
+    return TextBatches(texts, tokenizer, batch_size, min(max_length, longest or max_length), num_tokens, _prompt(model))
 
 
 def _is_text(value: Any) -> bool:

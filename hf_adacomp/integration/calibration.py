@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .answers import ask
-from .batches import Text, batches_of
+from .batches import BATCH_SIZE, MAX_LENGTH, Text, batches_of
 from .tables import named_modules, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
@@ -27,8 +27,8 @@ def calibrate(
     texts_or_batches: Iterable[Text] | Iterable[Mapping[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    batch_size: int = 32,
-    max_length: int = 256,
+    batch_size: int = BATCH_SIZE,
+    max_length: int = MAX_LENGTH,
     measured_batches: int = 64,
     show_progress: bool = True,
 ) -> Model:
@@ -73,15 +73,13 @@ def calibrate(
                 "after compress(model, config)"
             )
     seen = _Seen(model, tables)
-    batches, tokenizer = batches_of(
-        model, texts_or_batches, tokenizer, batch_size, max_length, num_tokens=len(seen.tokens)
-    )
+    batches, tokenizer = batches_of(model, texts_or_batches, tokenizer, batch_size=batch_size, max_length=max_length)
     total = len(batches)  # type: ignore[arg-type]  # what has no length was made a list
     every = 1 if len(tables) > 1 else math.ceil(total / max(1, measured_batches))
     states = [table.require_training("calibrate") for table in tables.values()]
     generator = torch.Generator().manual_seed(states[0].config.seed)
     try:
-        with _source_in_use(model, tables):
+        with source_in_use(model), torch.enable_grad():
             for i, batch in enumerate(tqdm(batches, total=total, desc="Calibrating", disable=not show_progress)):
                 placed = seen.take_note(batch)
                 if i % every:
@@ -101,19 +99,17 @@ def calibrate(
 
 
 @contextmanager
-def _source_in_use(model: Any, tables: Mapping[str, AdaptiveCompressedEmbedding]) -> Iterator[None]:
-    """A model as in evaluation whose tables, and they alone, are as in training: they use and observe their source."""
+def source_in_use(model: Any) -> Iterator[None]:
+    """A model as in evaluation and frozen, save its tables, which use their source and observe the gradients at it."""
     modules = [*named_modules(model).values()]
     modes = {module: module.training for module in modules}
     learning = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
     try:
         for module in modules:
-            module.training = False
-        for table in tables.values():
-            table.training = True
+            module.training = isinstance(module, AdaptiveCompressedEmbedding)
         for parameter in learning:  # gradients are wanted at the vectors only
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False):
             yield
     finally:
         for module, mode in modes.items():

@@ -1,0 +1,30 @@
+import copy
+
+import pytest
+import torch
+from conftest import LENGTHS, WORDS, word_tokenizer
+
+from hf_adacomp import AdaCompConfig, calibrate, compress, pack
+from hf_adacomp.integration import agreement
+from hf_adacomp.integration.agreement import Agreement
+from hf_adacomp.integration.batches import text_batches
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+TEXTS = [f"{WORDS[i]} {WORDS[2 * i]}" for i in range(60)]
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 50])
+def test_cosines_are_those_of_dense_and_packed_answers(bert, monkeypatch, limit):
+    monkeypatch.setattr(agreement, "MOST_NUMBERS", limit)
+    dense = copy.deepcopy(bert)
+    model = compress(bert.train(), AdaCompConfig(code_lengths=LENGTHS, target_ratio=20))
+    batches = text_batches(model, TEXTS, word_tokenizer(), batch_size=10)
+    agreed = Agreement(model, batches)
+    assert model.training
+    pack(calibrate(model, TEXTS, word_tokenizer(), show_progress=False)).eval()
+    found = agreed.cosines()
+    with torch.no_grad():
+        said = [[one(**batch).logits for batch in batches] for one in (dense, model)]
+    expected = torch.nn.functional.cosine_similarity(*(torch.cat(rows) for rows in said))
+    assert len(found) == (60 if limit > 50 else 30)
+    assert torch.allclose(found, expected[: len(found)], atol=1e-5)
