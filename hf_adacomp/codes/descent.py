@@ -55,7 +55,8 @@ def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor | None = None) -> 
     for sweep in range(SWEEPS):
         for first in range(0, drive.shape[-1], width):
             block = slice(first, first + width)
-            before, margin = bits[..., block], drive[..., block] - bits @ overlap[:, block]
+            known = slice(None) if sweep or start is not None else slice(first)  # the others are 0
+            before, margin = bits[..., block], drive[..., block] - bits[..., known] @ overlap[known, block]
             decided = (margin > 0).to(bits.dtype) - 0.5
             if sweep:
                 change = decided - before

@@ -20,9 +20,11 @@ FIT_ROUNDS = 16
 MEASURED_ROWS = 1 << 12
 MEASURE_EVERY = 4
 SORTED_ROWS = 1 << 10
+MEASURED_LENGTHS = 2
 STAGE = 64
 """Rows that the code-book is fitted to at most, rounds of encoding and least squares, rows by which lengths are weighed
-up and how often, rows of about one length at once, and bits that start out at once."""
+up and how often, rows of about one length at once, steps on the ladder that errors are measured for to both sides of a
+token's length, and bits that start out at once."""
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def fit_codebook(
         vectors, bias = _least_squares(bits, blocks, parts, (book.length, book.dim))
         encoder = Encoder.tied(vectors @ metric, vectors, bias)
     _take_over(book, vectors, bias, x, own, chosen, metric)
-    return _distortions(book, ladder, source, metric) * weights[:, None]
+    return _distortions(book, ladder, source, metric, assignment, energies[:, None] * share) * weights[:, None]
 
 
 def _spectrum(source: Tensor, weights: Tensor, metric: Tensor, ladder: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -163,15 +165,27 @@ def _take_over(
         book.encoder_bias.copy_(-scale * (readers @ book.bias.to(readers)))
 
 
-def _distortions(book: BinaryCodebook, ladder: Sequence[int], source: Tensor, metric: Tensor) -> Tensor:
-    """Squared error in the metric of each vector in codes of each length, (V, n) float32, as they will be decoded."""
+def _distortions(
+    book: BinaryCodebook, ladder: Sequence[int], source: Tensor, metric: Tensor, assignment: Tensor, expected: Tensor
+) -> Tensor:
+    """Squared error in the metric of each vector in codes of each length, (V, n) float32, as they will be decoded.
+
+    Measured for lengths near the one that a token has in `assignment`, (V,). Further away, where few tokens ever come
+    and long codes take long to find, it is what was expected, (V, n), times the factor of the nearest measured one.
+    """
     stored = book.stored()
     encoder = book.encoder(stored, metric)
-    found = torch.empty(len(source), len(ladder), dtype=torch.float32, device=source.device)
-    for rows, out in zip(source.split(book.block), found.split(book.block), strict=True):
-        for k, length in enumerate(ladder):
-            out[:, k] = squared_norms(rows.float() - stored.decode(encoder.encode(rows, length)).float(), metric)
-    return found
+    found = expected.clone()
+    for k, length in enumerate(ladder):
+        for tokens in ((assignment - k).abs() <= MEASURED_LENGTHS).nonzero().squeeze(1).split(book.block):
+            rows = source[tokens]
+            error = rows.float() - stored.decode(encoder.encode(rows, length)).float()
+            found[tokens, k] = squared_norms(error, metric)
+    all_lengths = torch.arange(len(ladder), device=source.device)
+    low, high = assignment[:, None] - MEASURED_LENGTHS, assignment[:, None] + MEASURED_LENGTHS
+    nearest = all_lengths.maximum(low.clamp_min(0)).minimum(high.clamp_max(len(ladder) - 1))
+    factor = (found / expected.clamp_min(1e-30)).gather(1, nearest)
+    return torch.where(nearest == all_lengths, found, expected * factor)
 
 
 def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook, generator: torch.Generator) -> Tensor:

@@ -164,8 +164,9 @@ class TrainingState(nn.Module):
         done = max(0, int(self.progress)) / PROGRESS_UNIT
         self.progress.fill_(round(fraction * PROGRESS_UNIT))
         if self.phase == "select":
-            selecting = self.config.select_fraction - self.config.observe_fraction
-            self.selector.learn(min(1.0, (fraction - done) / selecting) if selecting > 0 else 0.0)
+            first, last = self.config.observe_fraction, self.config.select_fraction
+            since = max(0.0, fraction - max(done, first))  # a table fitted before training begins to learn no earlier
+            self.selector.learn(min(1.0, since / (last - first)) if last > first else 0.0)
             self.selector.price.fill_(self.settle(budget))
             if phase_at(int(self.progress) / PROGRESS_UNIT, self.config.select_fraction) == "encode":
                 self.stage.fill_(ENCODE)
