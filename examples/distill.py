@@ -93,11 +93,23 @@ def similarity(model: SentenceTransformer, pairs_file: str) -> float:
     return 100 * float(spearmanr(cosines, [float(rating) for rating in ratings]).statistic)
 
 
+def distill(
+    model: SentenceTransformer, texts: list[str], vectors: Tensor, args: SentenceTransformerTrainingArguments
+) -> None:
+    """Train a compressed model to give texts these vectors, (N, d); it is packed at the end."""
+    prompt = model.prompts.get(model.default_prompt_name, "")
+    rows = Dataset.from_dict({"text": [prompt + text for text in texts], "label": vectors.tolist()})
+    trainer = SentenceTransformerTrainer(
+        model, args, train_dataset=rows, loss=CosineDistance(model), callbacks=[AdaCompCallback()]
+    )
+    trainer.train()
+    model.eval()
+
+
 def main(arguments: list[str] | None = None) -> dict:
     parser = HfArgumentParser((DistillArguments, DistillTrainingArguments))
     args, training_args = parser.parse_args_into_dataclasses(arguments)
     model = load_model(args.model_name_or_path)
-    prompt = model.prompts.get(model.default_prompt_name, "")
     texts = Dataset.from_dict({"text": load_texts(args)})
     parts = texts.train_test_split(test_size=min(HELD_OUT, -(-len(texts) // 10)), seed=training_args.seed)
     train, held_out = ([*part["text"]] for part in parts.values())
@@ -121,12 +133,7 @@ def main(arguments: list[str] | None = None) -> dict:
     calibrate(compress(model, config), train)
     model.eval()
     measure("calibrated")
-    rows = Dataset.from_dict({"text": [prompt + text for text in train], "label": wanted.tolist()})
-    trainer = SentenceTransformerTrainer(
-        model, training_args, train_dataset=rows, loss=CosineDistance(model), callbacks=[AdaCompCallback()]
-    )
-    trainer.train()
-    model.eval()
+    distill(model, train, wanted, training_args)
     measure("distilled")
     model.save_pretrained(training_args.output_dir)
     print(size_report(model))

@@ -116,7 +116,8 @@ def _seed():
 @pytest.fixture
 def quick_fit(monkeypatch):
     """A warm start of a few steps: for tests that are not about its quality."""
-    monkeypatch.setattr("hf_adacomp.fitting.warm_start.FIT_ROUNDS", 1)
+    for rounds in ("LONGEST_ROUNDS", "FIT_ROUNDS"):
+        monkeypatch.setattr(f"hf_adacomp.fitting.warm_start.{rounds}", 1)
 
 
 @pytest.fixture(params=["cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available())])

@@ -16,15 +16,19 @@ from .spectrum import BLOCK, binary_code_distortion, mean_and_covariance, princi
 from .token_counts import draw_tokens, fit_weights
 
 FIT_ROWS = 1 << 15
-FIT_ROUNDS = 16
-MEASURED_ROWS = 1 << 12
+LONGEST_ROUNDS, FIT_ROUNDS = 6, 12
+"""Rows that the code-book is fitted to at most, and rounds of encoding and least squares: for the longest codes, for
+all."""
+
 MEASURE_EVERY = 4
-SORTED_ROWS = 1 << 10
+MEASURED_ROWS = 1 << 12
 MEASURED_LENGTHS = 2
+"""Rounds after which lengths are weighed up again, rows by which that is done, and steps on the ladder, to both sides
+of a token's length, that errors are measured for in the end."""
+
+SORTED_ROWS = 1 << 10
 STAGE = 64
-"""Rows that the code-book is fitted to at most, rounds of encoding and least squares, rows by which lengths are weighed
-up and how often, rows of about one length at once, steps on the ladder that errors are measured for to both sides of a
-token's length, and bits that start out at once."""
+"""Rows of about one length that are encoded at once, and bits that start out at once."""
 
 
 @torch.no_grad()
@@ -119,7 +123,7 @@ def _fitted_to_longest(
     blocks, parts = x.split(book.block), weights.split(book.block)
     first = _first_bits(x, weights, metric, book, generator).split(book.block)
     vectors, bias = _least_squares(first, blocks, parts, (book.length, book.dim))
-    for _ in trange(FIT_ROUNDS, desc="Fitting the longest codes", disable=not show_progress):
+    for _ in trange(LONGEST_ROUNDS, desc="Fitting the longest codes", disable=not show_progress):
         encoder = Encoder.tied(vectors @ metric, vectors, bias)
         vectors, bias = _least_squares(
             (encoder.encode(rows) for rows in blocks), blocks, parts, (book.length, book.dim)

@@ -12,10 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..config import AUTO
+from ..fitting.ladder import with_ladder_for
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .answers import ask
 from .batches import BATCH_SIZE, MAX_LENGTH, Text, batches_of
-from .tables import named_modules, require_compressed, transformers_models
+from .tables import compressed_model, named_modules, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
 
@@ -91,9 +93,11 @@ def calibrate(
         for state in states:
             state.observation.discard()
         raise
-    for state in states:
+    settings = compressed_model(model).config.quantization_config
+    for state, table in zip(states, tables.values(), strict=True):
         state.recount()
-    for table in tables.values():
+        if settings.code_lengths == AUTO and state.observation.counting:  # now there are counts to choose lengths by
+            table.offer(with_ladder_for(state.source, settings, state.token_counts))
         table.end_observation(show_progress)
     return model
 

@@ -44,14 +44,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.num_embeddings, self.embedding_dim = source.shape
         self.padding_idx, self.config = padding_idx, config
         self.zero_padding = padding_idx is not None and (source.is_meta or not source[padding_idx].any())
-        self.codebook = BinaryCodebook(
-            config.ladder[-1],
-            self.embedding_dim,
-            tied=config.tied,
-            storage=config.codebook_dtype,
-            device=source.device,
-            dtype=source.dtype,
-        )
+        self.codebook = _new_codebook(source, config)
         self.training_state: TrainingState | None = TrainingState(source, config)
         self.packed: PackedCodes | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_form)  # type: ignore[no-untyped-call]  # torch's
@@ -79,6 +72,14 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         """Raise ValueError if frozen lengths exceed what `config.target_ratio` leaves for them."""
         if self.training_state is not None:
             self.training_state.check_size(self.budget())
+
+    def offer(self, config: AdaCompConfig) -> None:
+        """Begin anew with the ladder of other settings, before anything is fitted; what was observed stays."""
+        state = self.require_training("offer")
+        observation, source = state.observation, state.source
+        self.config, self.codebook = config, _new_codebook(source, config).train(self.training)
+        self.training_state = TrainingState(source, config).train(self.training)
+        self.training_state.observation = observation
 
     def warm_start(
         self, token_counts: Tensor | None = None, metric: Tensor | None = None, show_progress: bool = True
@@ -208,6 +209,18 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         if self.training_state is None:
             raise ValueError(f"{verb} is not possible on a packed embedding: lengths and bits are fixed")
         return self.training_state
+
+
+def _new_codebook(source: Tensor, config: AdaCompConfig) -> BinaryCodebook:
+    """A random code-book for a table and settings with a ladder."""
+    return BinaryCodebook(
+        config.ladder[-1],
+        source.shape[1],
+        tied=config.tied,
+        storage=config.codebook_dtype,
+        device=source.device,
+        dtype=source.dtype,
+    )
 
 
 def _refuse_other_form(module: CodedTable, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
