@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, child_environment
+from conftest import VOCABULARY, WORDS, child_environment
+from sentence_transformers import SentenceTransformer
 from transformers import BertForSequenceClassification
 
 from hf_adacomp.cli import _parser
@@ -31,6 +32,16 @@ def test_example_runs(bert, tmp_path, monkeypatch):
     exec(compile(example(), str(README), "exec"), names)
     assert isinstance(names["model"], BertForSequenceClassification)
     assert names["model"].get_input_embeddings().phase == "packed"
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_example_without_labels_runs(toy_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = README.read_text(encoding="utf-8")
+    block = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "calibrate" in block)
+    names = {"texts": [f"{word} {WORDS[0]}" for word in WORDS]}
+    exec(compile(block.replace("my-encoder", str(toy_model)).replace("=40", "=8"), str(README), "exec"), names)
+    assert SentenceTransformer("out/encoder")[0].auto_model.get_input_embeddings().phase == "packed"
 
 
 def test_line_for_several_processes_starts_two(bert, tmp_path):
