@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from .sentence import is_sentence_model, tokenizer_of
 from .tables import transformers_models
 
-BATCH_SIZE, MAX_LENGTH = 32, 256
-"""Texts in a batch, and tokens of a text."""
+BATCH_SIZE, BATCH_SIZE_OF_LOGITS, MAX_LENGTH = 32, 4, 256
+"""Texts in a batch, those of a model that makes logits of a whole vocabulary at each token, and tokens of a text."""
 
 Text = str | Sequence[str]
 """One text, or a pair."""
@@ -73,7 +73,8 @@ def batches_of(
     model: Any,
     texts_or_batches: Iterable[Text] | Iterable[Mapping[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None,
-    **sizes: int,
+    batch_size: int | None,
+    max_length: int,
 ) -> tuple[Iterable[Mapping[str, Any]], PreTrainedTokenizerBase | None]:
     """Batches of texts, or the batches that are given, and the tokenizer of the texts.
 
@@ -103,18 +104,20 @@ def batches_of(
         raise ValueError(f"{len(bad)} of {len(texts)} texts are none, the first {bad[0]!r}: drop them")
     if not any("".join(text).strip() for text in texts):
         raise ValueError(f"all {len(texts)} texts are empty: there is nothing to calibrate on")
-    return text_batches(model, texts, tokenizer, **sizes), tokenizer
+    return text_batches(model, texts, tokenizer, batch_size, max_length), tokenizer
 
 
 def text_batches(
     model: Any,
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     max_length: int = MAX_LENGTH,
 ) -> TextBatches:
     """Batches of texts as a model takes them: a sentence model puts its default prompt first."""
     inner = transformers_models(model)[0]
+    if batch_size is None:
+        batch_size = BATCH_SIZE if inner.get_output_embeddings() is None else BATCH_SIZE_OF_LOGITS
     num_tokens: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
     longest = getattr(model, "max_seq_length", None) if is_sentence_model(model) else None
     return TextBatches(texts, tokenizer, batch_size, min(max_length, longest or max_length), num_tokens, _prompt(model))

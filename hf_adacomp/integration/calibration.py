@@ -16,7 +16,7 @@ from ..config import AUTO
 from ..fitting.ladder import with_ladder_for
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .answers import ask
-from .batches import BATCH_SIZE, MAX_LENGTH, Text, batches_of
+from .batches import MAX_LENGTH, Text, batches_of
 from .tables import compressed_model, named_modules, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
@@ -29,7 +29,7 @@ def calibrate(
     texts_or_batches: Iterable[Text] | Iterable[Mapping[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     max_length: int = MAX_LENGTH,
     measured_batches: int = 64,
     show_progress: bool = True,
@@ -54,7 +54,7 @@ def calibrate(
         texts_or_batches: Texts or pairs of texts such as the model is for, some thousands; or batches, mappings of
             names to tensors as the model takes them.
         tokenizer: Of the texts. A sentence-transformers model has its own, and its default prompt is put first.
-        batch_size: Texts in a batch.
+        batch_size: Texts in a batch. By default 32, or 4 if the model makes logits of a vocabulary, which are many.
         max_length: Longer texts are cut to so many tokens.
         measured_batches: So many batches, evenly spread, run through the model; of the others tokens are counted. Of
             a model with several compressed tables all batches run.
@@ -75,7 +75,7 @@ def calibrate(
                 "after compress(model, config)"
             )
     seen = _Seen(model, tables)
-    batches, tokenizer = batches_of(model, texts_or_batches, tokenizer, batch_size=batch_size, max_length=max_length)
+    batches, tokenizer = batches_of(model, texts_or_batches, tokenizer, batch_size, max_length)
     total = len(batches)  # type: ignore[arg-type]  # what has no length was made a list
     every = 1 if len(tables) > 1 else math.ceil(total / max(1, measured_batches))
     states = [table.require_training("calibrate") for table in tables.values()]

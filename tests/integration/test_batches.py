@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import WORDS, tiny_bert_config, word_tokenizer
-from transformers import BertModel
+from transformers import BertForMaskedLM, BertModel
 
 from hf_adacomp.integration.batches import text_batches
 
@@ -20,6 +20,11 @@ def test_texts_of_like_length_are_batched(model):
     for batch in batches:
         assert batch["input_ids"].shape == batch["attention_mask"].shape
         assert (batch["input_ids"][batch["attention_mask"] == 0] == 0).all()
+
+
+def test_logits_of_a_vocabulary_make_batches_small(model):
+    assert len(text_batches(model, TEXTS * 8, word_tokenizer())) == 1
+    assert len(text_batches(BertForMaskedLM(model.config), TEXTS * 8, word_tokenizer())) == 8
 
 
 def test_long_texts_are_cut(model):
