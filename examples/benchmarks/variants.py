@@ -61,13 +61,13 @@ def train(trainer: Trainer) -> PreTrainedModel:
     return trainer.model
 
 
-def round_table(model: PreTrainedModel, bits: int) -> int:
-    """Round the tied table to integers with a float16 scale a row, in place; returns its bytes."""
+def round_table(model: PreTrainedModel, bits: int, group: int | None = None) -> int:
+    """Round the tied table to integers, with a float16 scale a row or a group of entries, in place; returns its bytes."""
     weight = model.get_input_embeddings().weight
-    integers, scale = quantize_rows(weight.detach(), bits)
+    integers, scale = quantize_rows(weight.detach().view(-1, group or weight.shape[1]), bits)
     with torch.no_grad():
-        weight.copy_(integers * scale.half().float())
-    return weight.numel() * bits // 8 + 2 * len(weight)
+        weight.copy_((integers * scale.half().float()).view_as(weight))
+    return weight.numel() * bits // 8 + 2 * len(integers)
 
 
 def compare_variants(
