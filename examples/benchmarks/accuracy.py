@@ -84,11 +84,12 @@ class Run:
         model: PreTrainedModel = self.model_class.from_pretrained(self.folder)
         dense_bytes = model.get_input_embeddings().weight.nbytes
         counts = self.task.token_counts(model.get_input_embeddings().num_embeddings)
+        stamp = {"version": method_version()} if base(method) in OURS else {}
         started = time.perf_counter()
         try:
             install(method, model, ratio, counts, self.seed)
         except OutOfReachError as reason:
-            return {"out_of_reach": str(reason)}
+            return {"out_of_reach": str(reason), **stamp}
         fitted = time.perf_counter()
         trainer = self.trainer(model, self.settings.further_epochs, self.settings.further_learning_rate)
         if base(method) in OURS:
@@ -103,8 +104,8 @@ class Run:
             output = trainer.predict(self.task.splits[split])
             cell[split] = score_items(output.predictions, output.label_ids)
         if base(method) in OURS:
-            cell |= {"version": method_version(), **self.information_followed(model, counts)}
-        return cell
+            cell |= self.information_followed(model, counts)
+        return {**cell, **stamp}
 
     def information_followed(self, model: PreTrainedModel, counts: Tensor) -> dict:
         """How code lengths go with information about the label at equal count, where texts have one label each."""

@@ -3,11 +3,11 @@
     python examples/benchmarks/causal_perplexity.py --name gemma-3-270m --model_name_or_path gemma-3-270m \\
         --calibration_file wap.train.txt.gz --test_file wap.test.txt.gz --ratios 8 16 32
 
-`count` and `calibrated` know the lines of the calibration file, without training; `trained` goes on to train all but
-the layers between (table and head) on them for `--steps` steps. int8 (a scale a row) and int4 (a scale for 32 entries) round the tied table. Perplexity is that
-of `--positions` tokens of the test file in rows of `--row_length`, each after the start token. Tokens a second and peak
-memory are those of `generate`, in a process of its own that loads the saved model. Every result goes to `cells.jsonl`
-at once; run it again to go on.
+`count` and `calibrated` know the lines of the calibration file, without training; `trained` goes on to train table and
+head on them for `--steps` steps. int8 (a scale a row) and int4 (a scale for 32 entries) round the tied table.
+Perplexity is that of `--positions` tokens of the test file in rows of `--row_length`, each after the start token.
+Tokens a second and peak memory are those of `generate`, in a process of its own that loads the saved model. Every
+result goes to `cells.jsonl` at once; run it again to go on.
 """
 
 import copy

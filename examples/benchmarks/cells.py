@@ -18,6 +18,9 @@ import hf_adacomp
 
 RESAMPLES = 2000
 
+STAMPED = ("learned", "count", "fixed", "calibrated", "distilled", "trained")
+"""Methods whose results hang on the code of this package; settings may follow a colon."""
+
 ROOMS = ("codes", "lengths", "fitting", "nn")
 """Of the package: what decides on a result, beside the settings."""
 
@@ -57,7 +60,8 @@ class Cells:
 
     def refuse_mixture(self, *others: str) -> None:
         """Raise ValueError if our cells, with those that other versions of the method would make, are of several."""
-        found = {str(cell["version"]) for cell in self._cells.values() if "version" in cell} | {*others}
+        ours = [cell for key, cell in self._cells.items() if key.method.partition(":")[0] in STAMPED]
+        found = {cell.get("version", "unknown") for cell in ours} | {*others}
         if len(found) > 1:
             raise ValueError(
                 f"{self.file} would mix cells of several versions of the method, {', '.join(sorted(found))}: "

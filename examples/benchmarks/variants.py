@@ -62,7 +62,7 @@ def train(trainer: Trainer) -> PreTrainedModel:
 
 
 def round_table(model: PreTrainedModel, bits: int, group: int | None = None) -> int:
-    """Round the tied table to integers, with a float16 scale a row or a group of entries, in place; returns its bytes."""
+    """Round the tied table to integers in place, with a float16 scale a row or a group; returns its bytes."""
     weight = model.get_input_embeddings().weight
     integers, scale = quantize_rows(weight.detach().view(-1, group or weight.shape[1]), bits)
     with torch.no_grad():

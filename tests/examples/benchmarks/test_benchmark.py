@@ -101,6 +101,9 @@ def test_versions_of_the_method_are_not_mixed(example, tmp_path):
     cells.refuse_mixture("1234")
     with pytest.raises(ValueError, match=r"cells\.jsonl would mix cells of several versions of the method, 1234, 5678"):
         cells.refuse_mixture("5678")
+    cells.add(module.Key("task", "count:seed=3", 80.0, 0), {"ratio": 80.0})  # of a time when cells did not tell
+    with pytest.raises(ValueError, match="of the method, 1234, unknown"):
+        cells.refuse_mixture()
 
 
 def test_paired_difference_has_the_interval_of_its_texts(example):
