@@ -19,7 +19,8 @@ SIZES = (1, 8)
 """Candidates: one length, or up to eight in about equal ratios, whole bytes above 8 bits."""
 
 NEAR = 0.05
-"""Of ladders whose distortion is so near to the least, that with the shortest codes is taken: they cost time, too."""
+"""Of ladders whose distortion is so near to the least, that with the shortest codes is taken: they cost time, too. A
+single length is taken only if it is the best: the task can do better by several than was promised."""
 
 SPECTRUM_ROWS = 1 << 15
 SAMPLED_TOKENS = 1 << 12
@@ -84,8 +85,11 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
             refusal = error
     if not distortions:
         raise refusal
-    good = [ladder for ladder, found in distortions.items() if found <= (1 + NEAR) * min(distortions.values())]
-    return min(good, key=lambda ladder: (ladder[-1], distortions[ladder]))
+    best = min(distortions, key=lambda ladder: distortions[ladder])
+    near = [
+        ladder for ladder, found in distortions.items() if len(ladder) > 1 and found <= (1 + NEAR) * distortions[best]
+    ]
+    return best if len(best) == 1 else min(near, key=lambda ladder: (ladder[-1], distortions[ladder]))
 
 
 def _ladders(dim: int) -> list[tuple[int, ...]]:

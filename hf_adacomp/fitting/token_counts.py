@@ -35,17 +35,28 @@ def checked_counts(token_counts: Tensor, num_embeddings: int) -> Tensor:
 
 
 def expected_counts(counts: Tensor, source: Tensor) -> Tensor:
-    """Counts smoothed by what tokens with similar vectors have, (V,) float32; 1/2 for all if nothing was counted.
+    """Counts smoothed by what is known of tokens that do not occur, (V,) float32; 1/2 for all if nothing was counted.
 
-    Adds to each count half an occurrence, shared out among the tokens in proportion to a log-linear Poisson regression
-    of the counts on the source vectors (V, d): a word that the training data happens to miss will come, a stray symbol
-    will not.
+    Adds to each count half an occurrence, shared out among the tokens in proportion to two log-linear Poisson
+    regressions of the counts: on the source vectors (V, d) and the place in the vocabulary, and on the place alone. A
+    word that the training data happens to miss will come, a stray symbol will not; and since tokenizers list frequent
+    tokens first, the frequent ones of a language that the data does not show are better off than its rare ones.
     """
     smoothing = torch.full_like(counts, 0.5, dtype=torch.float32)
     if not counts.any():
         return smoothing
-    sample = slice(None, None, -(-len(source) // FITTED_TOKENS))
-    x = source[sample].detach().to(torch.float32)
+    vectors = source.detach().to(torch.float32)
+    place = torch.arange(1, len(source) + 1, device=source.device).log()[:, None]
+    unseen = counts == 0
+    for rates in (_rates(counts, vectors, place), _rates(counts, place)):
+        smoothing += 0.25 * (rates / (rates[unseen] if unseen.any() else rates).mean() - 1)
+    return counts.to(torch.float32) + smoothing
+
+
+def _rates(counts: Tensor, *features: Tensor) -> Tensor:
+    """How often tokens occur, (V,), by a log-linear regression of counts (V,) on features (V, f), up to a factor."""
+    sample = slice(None, None, -(-len(counts) // FITTED_TOKENS))
+    x = torch.cat([feature[sample] for feature in features], dim=1)
     mean, unit = x.mean(0), x.std(0, correction=0).clamp_min(1e-12)
     x = (x - mean) / unit
     target = counts[sample].to(torch.float32).clamp_max(LARGEST_COUNT)
@@ -63,9 +74,11 @@ def expected_counts(counts: Tensor, source: Tensor) -> Tensor:
 
     optimizer.step(loss)
     direction = slope.detach() / unit
-    rate = (source.detach().to(torch.float32) @ direction - mean @ direction).clamp_max(LARGEST_LOG_RATE).exp()
-    unseen = rate[counts == 0]
-    return counts.to(torch.float32) + smoothing * rate / (unseen if len(unseen) else rate).mean()
+    parts = direction.split([feature.shape[1] for feature in features])
+    log_rates = -(mean @ direction).expand(len(counts))
+    for feature, part in zip(features, parts, strict=True):
+        log_rates = log_rates + feature @ part
+    return log_rates.clamp_max(LARGEST_LOG_RATE).exp()
 
 
 def draw_tokens(weights: Tensor, draws: int, generator: torch.Generator) -> Tensor:

@@ -12,8 +12,19 @@ def test_expected_counts_of_unseen_tokens_follow_their_neighbours():
     expected = expected_counts(counts, source)
     unseen = counts == 0
     assert expected[unseen].mean() == pytest.approx(0.5, rel=1e-3)
-    assert expected[unseen & common].mean() > 3 * expected[unseen & ~common].mean()
+    assert expected[unseen & common].mean() > 2 * expected[unseen & ~common].mean()
     assert (expected >= counts).all()
+
+
+def test_expected_counts_of_unseen_tokens_follow_the_order_of_the_vocabulary():
+    """Also of tokens whose vectors lie where no token was seen, as those of a language that the data does not show."""
+    torch.manual_seed(0)
+    source = torch.randn(2000, 16)
+    shown = source[:, 0] > 0
+    counts = torch.poisson(torch.where(shown, 300.0 / torch.arange(1, 2001), 0.0)).long()
+    expected = expected_counts(counts, source)
+    early, late = (~shown).nonzero().squeeze(1).tensor_split(2)
+    assert expected[early].mean() > 2 * expected[late].mean()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (50, 1)])
