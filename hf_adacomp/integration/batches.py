@@ -76,13 +76,14 @@ def batches_of(
     batch_size: int | None,
     max_length: int,
 ) -> tuple[Iterable[Mapping[str, Any]], PreTrainedTokenizerBase | None]:
-    """Batches of texts, or the batches that are given, and the tokenizer of the texts.
+    """Batches of texts and their tokenizer, or the batches that are given and None.
 
     Raises:
         ValueError: If there is nothing, texts without a tokenizer, or something else than texts and batches.
     """
-    if isinstance(texts_or_batches, str):
-        raise ValueError("one string is given: calibrate takes a list of texts, or batches of token ids")
+    if isinstance(texts_or_batches, (str, Mapping)):
+        kind = "string" if isinstance(texts_or_batches, str) else "mapping"
+        raise ValueError(f"one {kind} is given: calibrate takes a list of texts, or a list or loader of batches")
     if tokenizer is None and is_sentence_model(model):
         tokenizer = tokenizer_of(model)
     given: Iterable[Any] = texts_or_batches

@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..config import AUTO
+from ..config import AUTO, AdaCompConfig
 from ..fitting.ladder import with_ladder_for
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .answers import ask
 from .batches import MAX_LENGTH, Text, batches_of
-from .tables import compressed_model, named_modules, require_compressed, transformers_models
+from .tables import compressed_embeddings, named_modules, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
 
@@ -93,12 +93,9 @@ def calibrate(
         for state in states:
             state.observation.discard()
         raise
-    settings = compressed_model(model).config.quantization_config
-    for state, table in zip(states, tables.values(), strict=True):
-        state.recount()
-        if settings.code_lengths == AUTO and state.observation.counting:  # now there are counts to choose lengths by
-            table.offer(with_ladder_for(state.source, settings, state.token_counts))
-        table.end_observation(show_progress)
+    for inner in transformers_models(model):
+        for table in compressed_embeddings(inner).values():
+            _fit(table, inner.config.quantization_config, show_progress)
     return model
 
 
@@ -135,6 +132,15 @@ def _measure(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -
         loss.backward()
 
 
+def _fit(table: AdaptiveCompressedEmbedding, config: AdaCompConfig, show_progress: bool) -> None:
+    """Fit a table to what was observed, with the user's settings."""
+    state = table.require_training("calibrate")
+    state.recount()
+    if config.code_lengths == AUTO and state.observation.counting:  # now there are counts to choose lengths by
+        table.offer(with_ladder_for(state.source, config, state.token_counts))
+    table.end_observation(show_progress)
+
+
 class _Seen:
     """Which tokens batches hold, and whether they can be right.
 
@@ -154,7 +160,13 @@ class _Seen:
 
     def take_note(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch on the model's device; ValueError for ids that the table has not."""
-        if (ids := batch.get(IDS)) is not None and ids.numel():
+        if (ids := batch.get(IDS)) is not None:
+            if not isinstance(ids, Tensor) or ids.dim() < 2 or not ids.numel():
+                given = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+                raise ValueError(
+                    f"{IDS!r} of a batch must be a tensor (B, T); got {given}. A DataLoader makes batches of the rows "
+                    "of a data set, DataLoader(rows, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))"
+                )
             if not 0 <= int(ids.min()) <= int(ids.max()) < len(self.tokens):
                 raise ValueError(
                     f"token ids run from {int(ids.min())} to {int(ids.max())}, but the table has {len(self.tokens)} "
