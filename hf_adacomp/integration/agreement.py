@@ -31,13 +31,14 @@ class Agreement:
 
     def cosines(self) -> Tensor:
         """Of each row of the answers, one a text or one a token, (N,)."""
-        return F.cosine_similarity(self._answers(), self.dense, dim=1)
+        pairs = zip(self._answers(), self.dense, strict=True)
+        return torch.cat([F.cosine_similarity(now, before, dim=1) for now, before in pairs])
 
     @torch.no_grad()
-    def _answers(self) -> Tensor:
+    def _answers(self) -> list[Tensor]:
         rows: list[Tensor] = []
         for batch in self.batches:
             rows.append(ask(self.model, batch).compared().cpu())
             if sum(row.numel() for row in rows) > MOST_NUMBERS:
                 break
-        return torch.cat(rows)
+        return rows

@@ -52,19 +52,35 @@ class Answer:
 
 def ask(model: Any, batch: Mapping[str, Any]) -> Answer:
     """The model's answer to a batch of named tensors; ValueError if there is none."""
-    if is_sentence_model(model):
-        found: Mapping[str, Any] = model(dict(batch))
-        if isinstance(found.get(SENTENCE), Tensor):
-            return Answer(SENTENCE, found[SENTENCE])
-    inner = transformers_models(model)[0]
-    outputs = inner(**batch)
-    if isinstance(logits := outputs.get(LOGITS), Tensor):
-        return Answer(LOGITS, _counting(logits, batch))
-    if isinstance(hidden := outputs.get(HIDDEN), Tensor):
-        return Answer(HIDDEN, _counting(hidden, batch))
+    return _answer(model, _outputs(model, batch), batch)
+
+
+def reaction(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    """What to follow back to see what matters to a model: its loss if the batch has labels, else `Answer.probe`."""
+    outputs = _outputs(model, batch)
+    loss: Tensor | None = outputs.get("loss")
+    return _answer(model, outputs, batch).probe(generator) if loss is None else loss
+
+
+def _outputs(model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    outputs: Mapping[str, Any] = model(dict(batch)) if is_sentence_model(model) else {}
+    if SENTENCE not in outputs:
+        outputs = transformers_models(model)[0](**batch)
+    return outputs
+
+
+def _answer(model: Any, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Answer:
+    if SENTENCE in outputs:
+        return Answer(SENTENCE, outputs[SENTENCE])
+    for kind in (LOGITS, HIDDEN):
+        if isinstance(values := outputs.get(kind), Tensor):
+            return Answer(kind, _counting(values, batch))
+    several = [values for name, values in outputs.items() if name.endswith(LOGITS)]  # of a span's start and its end
+    if several:
+        return Answer(HIDDEN, torch.cat([values.flatten(1) for values in several], dim=1))
     raise ValueError(
-        f"{type(inner).__name__} returns neither logits nor hidden states, but {sorted(outputs)}: give batches with "
-        "labels, whose loss it returns, or train it"
+        f"{type(transformers_models(model)[0]).__name__} returns neither logits nor hidden states, but "
+        f"{sorted(outputs)}: give batches with labels, whose loss it returns, or train it"
     )
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import AUTO, AdaCompConfig
 from ..fitting.ladder import with_ladder_for
 from ..nn.embedding import AdaptiveCompressedEmbedding
-from .answers import ask
+from .answers import reaction
 from .batches import MAX_LENGTH, Text, batches_of
 from .tables import compressed_embeddings, named_modules, require_compressed, transformers_models
 
@@ -127,7 +127,7 @@ def _measure(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -
             f"{type(inner).__name__} reads one text and writes another: give batches with labels, as its training has "
             "them, in place of texts"
         )
-    loss = inner(**batch).loss if batch.get("labels") is not None else ask(model, batch).probe(generator)
+    loss = reaction(model, batch, generator)
     if loss.requires_grad:
         loss.backward()
 

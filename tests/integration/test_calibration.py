@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import (
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
@@ -51,6 +52,7 @@ MODELS = {
     "hidden states": lambda: BertModel(tiny_bert_config()),
     "classifier": lambda: BertForSequenceClassification(tiny_bert_config()),
     "regression": lambda: BertForSequenceClassification(tiny_bert_config(num_labels=1)),
+    "spans": lambda: BertForQuestionAnswering(tiny_bert_config()),
     "masked": lambda: BertForMaskedLM(tiny_bert_config()),
     "causal, tied": gpt2,
     "static": static,
