@@ -43,7 +43,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # examples/ is no pac
 from distill import distill  # found through the line above
 
 OURS = ("count", "calibrated", "distilled")
-METHODS = ("dense", "int8", "int4", "pq", "trim", *OURS)
+METHODS = ("dense", "int8", "int4", "svd", "pq", "trim", *OURS)
 
 
 @dataclass
@@ -200,6 +200,19 @@ def table(cells: Cells, name: str) -> str:
     return "\n".join(lines)
 
 
+def script_table(cells: Cells, name: str, most: int = 12) -> str:
+    """Markdown: mean code length by script of the tokens, for the scripts with most of them."""
+    keys = [key for key in cells if key.task == name and "bits_by_script" in cells[key]]
+    if not keys:
+        return ""
+    found = {f"{key.method} {key.ratio:g}x": cells[key]["bits_by_script"] for key in keys}
+    scripts = sorted((tokens, script) for script, (tokens, _) in next(iter(found.values())).items())[: -most - 1 : -1]
+    lines = [f"| script | tokens | {' | '.join(found)} |", "|---" * (2 + len(found)) + "|"]
+    for tokens, script in scripts:
+        lines.append(f"| {script} | {tokens} | {' | '.join(f'{bits[script][1]:.0f}' for bits in found.values())} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> Cells:
     (args,) = parse((SimilarityArguments,), arguments)
     if unknown := {*args.methods} - {*METHODS}:
@@ -220,7 +233,7 @@ def main(arguments: list[str] | None = None) -> Cells:
         wanted = vectors(dense, args)
     for key in tqdm(missing, desc="Cells"):
         cells.add(key, cell(dense, wanted, args, key.method, key.ratio))
-    print(table(cells, args.name))
+    print(f"{table(cells, args.name)}\n\n{script_table(cells, args.name)}")
     return cells
 
 

@@ -40,6 +40,7 @@ def test_every_row_in_every_language(example, toy_model, vectors_file, data, kin
     assert cells[module.Key("toy", "calibrated", 6.0, 0)]["bits_by_script"]["LATIN"][0] >= 200
     printed = capsys.readouterr().out
     assert "| 6 | calibrated |" in printed
+    assert "| LATIN | 20" in printed
     monkeypatch.setattr(module, "cell", lambda *_: pytest.fail("a finished cell was run again"))
     module.main(words)
     assert printed.splitlines()[-1] in capsys.readouterr().out
