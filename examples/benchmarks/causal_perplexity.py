@@ -71,6 +71,7 @@ class PerplexityArguments:
     positions: int = field(default=4096, metadata={"help": "Tokens of the test text that are measured."})
     row_length: int = field(default=256, metadata={"help": "Tokens in a row."})
     calibration_rows: int = field(default=2048, metadata={"help": "Rows of the calibration text."})
+    measured_batches: int = field(default=64, metadata={"help": "Pairs of rows that are run to calibrate."})
     steps: int = field(default=64, metadata={"help": "Of the short training."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Of the short training."})
     output_dir: str = field(default="outputs/causal_perplexity", metadata={"help": "Folder of cells.jsonl."})
@@ -126,7 +127,8 @@ def cell(dense: PreTrainedModel, data: Tensor, test: Tensor, args: PerplexityArg
         config = AdaCompConfig(target_ratio=key.ratio, select_fraction=0.0)
         compress(model, config, counts if key.method == "count" else None)
         if key.method != "count":
-            calibrate(model, [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in data.split(2)])
+            batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in data.split(2)]
+            calibrate(model, batches, measured_batches=args.measured_batches)
         if key.method == "trained":
             train(model, data, args)
         pack(model)
