@@ -25,6 +25,7 @@ Rooms, each built on those before it:
     fitting/      what follows from a table in closed form: the ladder, the warm start
     nn/           the modules that stand in a model
     integration/  transformers: compress, save, load, train
+    export/       packed models for runtimes without Python
     reports/      what people look at
 """
 
@@ -44,6 +45,7 @@ from .integration.vocabulary import add_tokens, keep_tokens
 from .nn.embedding import AdaptiveCompressedEmbedding
 
 if TYPE_CHECKING:
+    from .export.onnx_file import export_onnx
     from .integration.callback import AdaCompCallback
     from .reports.card import model_card, save_model_card
     from .reports.push import push_model_card
@@ -59,6 +61,7 @@ __all__ = [
     "calibrate",
     "compress",
     "decompress",
+    "export_onnx",
     "keep_tokens",
     "model_card",
     "pack",
@@ -74,11 +77,13 @@ def __getattr__(name: str) -> Any:
     if name == "AdaCompCallback":
         from .integration import callback as module  # noqa: PLC0415
     elif name in ("model_card", "save_model_card"):
-        from .reports import card as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of four modules
+        from .reports import card as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of five modules
+    elif name == "export_onnx":
+        from .export import onnx_file as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of five modules
     elif name == "push_model_card":
-        from .reports import push as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of four modules
+        from .reports import push as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of five modules
     elif name == "token_table":
-        from .reports import tokens as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of four modules
+        from .reports import tokens as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of five modules
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(module, name)

@@ -7,35 +7,27 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import trange
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import compat
 from .config import HEADS, AdaCompConfig
+from .export.onnx_file import export_onnx
 from .integration.agreement import Agreement
 from .integration.batches import text_batches
 from .integration.calibration import calibrate
 from .integration.compression import compress, decompress, pack
-from .integration.methods import SENTENCE_FILE
-from .integration.sentence import is_sentence_model, static_model, tokenizer_of
+from .integration.sentence import static_model
 from .integration.sizes import size_report
 from .integration.tables import require_compressed, transformers_models
 from .reports.plots import plot_lengths
 from .reports.tokens import token_table
+from .saved_models import load_model, load_tokenizer, save_model
 from .text_files import read_texts
-
-TOKENIZER_FILE = "tokenizer_config.json"
-
-MODULES_FILE = "modules.json"
-"""Of sentence-transformers."""
 
 LINES = 1024
 """Lines of a text that are tokenized at once."""
@@ -100,6 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--counts-from", metavar="FILE.txt", type=Path, help="text to rank tokens by, .gz too")
     verb.set_defaults(run=_plot)
 
+    verb = verbs.add_parser(
+        "export",
+        help="write a compressed model to ONNX",
+        description="Write a compressed encoder, or model of sentence-transformers with its pooling, to ONNX. A folder "
+        "gets the layout that transformers.js loads. Needs the extra `onnx`.",
+    )
+    verb.add_argument("model", metavar="DIR", help=packed)
+    verb.add_argument("out", metavar="OUT", type=Path, help="file .onnx, or folder, to write")
+    verb.add_argument("--quantize", choices=("int8", "int4"), help="store linear layers as integers, too")
+    verb.set_defaults(run=_export)
+
     verb = verbs.add_parser("decompress", help="save as a plain model, which needs this library no more")
     verb.add_argument("model", metavar="DIR", help=packed)
     verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -113,7 +116,7 @@ def _compress(args: argparse.Namespace) -> None:
         raise ValueError("--report compares answers to texts of --calibrate: name them")
     config = AdaCompConfig(args.code_lengths or "auto", target_ratio=args.ratio, head=args.head)
     texts = None if args.calibrate is None else read_texts(args.calibrate, args.column)
-    model = _load(args.model)
+    model = load_model(args.model)
     counts = _counts(args, model)
     compress(model, config, counts)
     if texts is not None:
@@ -123,13 +126,13 @@ def _compress(args: argparse.Namespace) -> None:
             for embedding in require_compressed(model).values():
                 embedding.warm_start()
         pack(model)
-    _save(model, args)
+    save_model(model, args.model, args.out)
     print(size_report(model))
 
 
 def _calibrate(args: argparse.Namespace, model: Any, texts: list[str]) -> None:
     """Calibrate and pack; tell what was seen and, with `--report`, how far answers to held-out texts agree."""
-    tokenizer = _tokenizer(args.model, model)
+    tokenizer = load_tokenizer(args.model, model)
     held_out = texts[:: max(HELD_OUT_EVERY, len(texts) // HELD_OUT)] if args.report else []
     agreement = None
     if held_out:
@@ -153,9 +156,9 @@ def _calibrate(args: argparse.Namespace, model: Any, texts: list[str]) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    model = _load(args.model)
+    model = load_model(args.model)
     size = size_report(model)
-    rows = token_table(model, _tokenizer(args.model, model))
+    rows = token_table(model, load_tokenizer(args.model, model))
     # Vocabularies are roughly sorted by frequency: a long code tells the most about a late token.
     longest = sorted(rows, key=lambda row: (-row.bits, -row.id))[: args.tokens]
     if args.json:
@@ -169,14 +172,22 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    model = _load(args.model)
+    model = load_model(args.model)
     counts = _counts(args, model)
     plot_lengths(model, counts).savefig(args.out)
 
 
+def _export(args: argparse.Namespace) -> None:
+    _refuse_same(args)
+    model = load_model(args.model)
+    tokenizer = None if args.out.suffix == ".onnx" else load_tokenizer(args.model, model)
+    file = export_onnx(model, args.out, tokenizer, args.quantize)
+    print(f"{file}: {file.stat().st_size:,} bytes")
+
+
 def _decompress(args: argparse.Namespace) -> None:
     _refuse_same(args)
-    _save(decompress(_load(args.model)), args)
+    save_model(decompress(load_model(args.model)), args.model, args.out)
 
 
 def _refuse_same(args: argparse.Namespace) -> None:
@@ -184,45 +195,11 @@ def _refuse_same(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} is the model to read: name another folder to write")
 
 
-def _load(name: str) -> Any:
-    """The model with the head, or the modules of sentence-transformers, that it was saved with."""
-    if compat.file_of(name, MODULES_FILE) is not None:
-        try:
-            library = import_module("sentence_transformers")
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{name} is a sentence-transformers model: pip install sentence-transformers") from error
-        settings = compat.file_of(name, SENTENCE_FILE)
-        kind = "SentenceTransformer" if settings is None else json.loads(Path(settings).read_text()).get("model_type")
-        return getattr(library, kind or "SentenceTransformer")(name, device="cpu")
-    config = AutoConfig.from_pretrained(name)
-    architecture = (config.architectures or [None])[0]
-    model_class = getattr(transformers, str(architecture), None)
-    if model_class is None:
-        raise ValueError(f"{name}: its config names the architecture {architecture!r}, which transformers has not")
-    model: PreTrainedModel = model_class.from_pretrained(name)
-    return model
-
-
-def _tokenizer(name: str, model: Any) -> PreTrainedTokenizerBase:
-    if is_sentence_model(model):
-        return tokenizer_of(model)
-    if not compat.file_of(name, TOKENIZER_FILE):
-        raise ValueError(f"{name} has no tokenizer ({TOKENIZER_FILE}): save it there with save_pretrained")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    return tokenizer
-
-
-def _save(model: Any, args: argparse.Namespace) -> None:
-    model.save_pretrained(str(args.out))
-    if not is_sentence_model(model) and compat.file_of(args.model, TOKENIZER_FILE):
-        _tokenizer(args.model, model).save_pretrained(args.out)
-
-
 def _counts(args: argparse.Namespace, model: Any) -> Tensor | None:
     """Occurrences of each token in the lines of `--counts-from`, (V,) int64; None without that option."""
     if args.counts_from is None:
         return None
-    tokenizer = _tokenizer(args.model, model)
+    tokenizer = load_tokenizer(args.model, model)
     inner = static_model(model) or transformers_models(model)[0]
     size: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
     counts = torch.zeros(size, dtype=torch.int64)

@@ -67,7 +67,7 @@ def test_line_for_several_processes_starts_two(bert, tmp_path):
 
 def test_commands_are_understood():
     commands = re.findall(r"^hf-adacomp ([^#\n]*)", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {command.split()[0] for command in commands} == {"compress", "inspect", "plot", "decompress"}
+    assert {command.split()[0] for command in commands} == {"compress", "inspect", "plot", "export", "decompress"}
     for command in commands:
         assert callable(_parser().parse_args(command.split()).run)
 

@@ -1,0 +1,1 @@
+"""Packed models for runtimes without Python."""

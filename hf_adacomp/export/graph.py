@@ -1,0 +1,70 @@
+"""What is exported of a model: a function of token ids and mask, with named outputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..integration.sentence import is_sentence_model
+from ..integration.tables import transformers_models
+
+INPUTS = ("input_ids", "attention_mask")
+
+
+class Graph(nn.Module):
+    """A model as a function `(input_ids, attention_mask) -> outputs`, int64 (B, T) both, in eval mode.
+
+    A sentence model computes `token_embeddings` (B, T, d) and, pooled and in unit length if it is so, the
+    `sentence_embedding` (B, d); another model its `logits` or `last_hidden_state`.
+
+    Args:
+        model: A transformers model, packed or dense, or one of sentence-transformers. It is copied.
+
+    Raises:
+        ValueError: For an encoder with a decoder, and a model without logits and hidden states.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        model = copy.deepcopy(model).eval().cpu()
+        (inner,) = transformers_models(model)[:1]
+        if inner.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(inner).__name__} is an encoder and a decoder, whose steps are several graphs: export its "
+                "encoder, model.get_encoder()"
+            )
+        inner.set_attn_implementation("eager")  # whose graph holds for any shape
+        inner.config.use_cache = False
+        self.model, self.inner, self.sentence = model, inner, is_sentence_model(model)
+        self.outputs = self._named_outputs()
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the table, V."""
+        size: int = self.inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of ours
+        return size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """Values of `outputs`."""
+        found = self._all_outputs(input_ids, attention_mask)
+        return tuple(found[name] for name in self.outputs)
+
+    def _all_outputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        if self.sentence:
+            found: dict[str, Tensor] = self.model({"input_ids": input_ids, "attention_mask": attention_mask})
+            return found
+        outputs: dict[str, Tensor] = self.inner(input_ids=input_ids, attention_mask=attention_mask)
+        return outputs
+
+    @torch.no_grad()
+    def _named_outputs(self) -> tuple[str, ...]:
+        found = self._all_outputs(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+        if self.sentence and "sentence_embedding" in found:
+            return ("token_embeddings", "sentence_embedding")
+        names = tuple(name for name in ("logits", "last_hidden_state") if isinstance(found.get(name), Tensor))[:1]
+        if not names:
+            raise ValueError(f"{type(self.inner).__name__} returns {sorted(found)}: no logits and no hidden states")
+        return names
