@@ -18,10 +18,6 @@ LONGEST = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
 SIZES = (1, 8)
 """Candidates: one length, or up to eight in about equal ratios, whole bytes above 8 bits."""
 
-NEAR = 0.05
-"""Of ladders whose distortion is so near to the least, that with the shortest codes is taken: they cost time, too. A
-single length is taken only if it is the best: the task can do better by several than was promised."""
-
 SPECTRUM_ROWS = 1 << 15
 SAMPLED_TOKENS = 1 << 12
 """Rows that the spectrum is taken from, and tokens that stand for all in a trial assignment."""
@@ -85,11 +81,7 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
             refusal = error
     if not distortions:
         raise refusal
-    best = min(distortions, key=lambda ladder: distortions[ladder])
-    near = [
-        ladder for ladder, found in distortions.items() if len(ladder) > 1 and found <= (1 + NEAR) * distortions[best]
-    ]
-    return best if len(best) == 1 else min(near, key=lambda ladder: (ladder[-1], distortions[ladder]))
+    return min(distortions, key=lambda ladder: distortions[ladder])
 
 
 def _ladders(dim: int) -> list[tuple[int, ...]]:
