@@ -4,6 +4,7 @@ import torch
 from hf_adacomp.codes.codebook import BinaryCodebook
 from hf_adacomp.fitting.spectrum import squared_norms
 from hf_adacomp.fitting.warm_start import fit_codebook
+from hf_adacomp.lengths.budget import assign_lengths
 
 EYE = torch.eye(24)
 
@@ -36,6 +37,19 @@ def test_more_bits_explain_more(tied):
     assert found[0] > 0.2
     assert found[1] > 0.5
     assert found[2] > 0.75
+
+
+def test_errors_are_measured_near_a_tokens_length_and_told_for_all():
+    x, weights = table(), torch.rand(600, generator=torch.Generator().manual_seed(1)) ** 4 + 0.01
+    ladder = (2, 4, 6, 8, 12, 16, 24, 32)
+    book, cost = fit(x, weights, ladder, budget=600 * 10)
+    exact = torch.stack([squared_norms(x - book.reconstruct(x, EYE, length), EYE) for length in ladder], dim=1)
+    exact *= weights[:, None]
+    lengths, _ = assign_lengths(-cost, torch.tensor(ladder), 600 * 10)
+    rows = torch.arange(600)
+    assert torch.allclose(cost[rows, lengths], exact[rows, lengths], rtol=1e-3, atol=1e-9)
+    assert (cost - exact).abs().sum() < 0.2 * exact.sum()
+    assert (cost.sum(0).diff() < 0).all()
 
 
 def test_one_book_loses_little_against_books_of_their_own():

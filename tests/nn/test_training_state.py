@@ -32,6 +32,23 @@ def test_phases_follow_progress(config):
     assert state.phase == "encode"
 
 
+@pytest.mark.parametrize("observed", [0.0, 0.25])
+def test_lengths_are_learned_from_the_end_of_observation_on(observed):
+    """Also of a table that was fitted before training began: offsets come as far as with observation."""
+    config = AdaCompConfig(code_lengths=LENGTHS, target_ratio=32, observe_fraction=observed, select_fraction=0.5)
+    state = TrainingState(torch.randn(VOCABULARY, 32), config)
+    state.weigh_tokens()
+    state.start(torch.rand(VOCABULARY, 3), BUDGET)
+    state.end_observation()
+    for step in range(20):
+        state.selector.offset.grad = torch.ones_like(state.selector.offset)
+        state.advance(step / 20, BUDGET)
+        if step / 20 <= observed:
+            assert not state.selector.offset.any()
+    reached = -float(state.selector.offset.mean())
+    assert reached == pytest.approx(config.selection_reach, rel=0.05)
+
+
 def test_shares_are_a_function_of_progress(state, device):
     tokens = torch.tensor([3, 3, 9], device=device)
     state.advance(0.1, BUDGET)
