@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from cells import Cells, Key, method_version
+from cells import Cells, Key, method_version, open_cells
 from comparison import parse
 from methods import OWN_SIZE
 from torch import Tensor
@@ -165,18 +165,8 @@ def table(cells: Cells, name: str) -> str:
 
 def main(arguments: list[str] | None = None) -> Cells:
     (args,) = parse((PerplexityArguments,), arguments)
-    if unknown := {*args.methods} - {*METHODS}:
-        raise ValueError(f"unknown methods {sorted(unknown)}: choose among {', '.join(METHODS)}")
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    cells = Cells(Path(args.output_dir) / "cells.jsonl")
-    cells.refuse_mixture(*[method_version() for method in args.methods if method in OURS])
-    keys = [
-        Key(args.name, method, ratio, 0)
-        for ratio in (None, *args.ratios)
-        for method in args.methods
-        if (method in OWN_SIZE) == (ratio is None)
-    ]
-    if missing := [key for key in keys if key not in cells]:
+    cells, missing = open_cells(args.output_dir, args.name, args.methods, args.ratios, METHODS, [*OWN_SIZE])
+    if missing:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         dense = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
         data = rows(args.calibration_file, tokenizer, args.row_length, args.calibration_rows)

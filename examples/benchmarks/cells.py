@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -113,6 +113,32 @@ def method_version() -> str:
     package = Path(hf_adacomp.__file__).parent
     files = [package / "config.py", *sorted(file for room in ROOMS for file in (package / room).glob("*.py"))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def open_cells(
+    folder: str,
+    name: str,
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    known: Sequence[str],
+    sizeless: Sequence[str],
+) -> tuple[Cells, list[Key]]:
+    """Cells of a folder, and the keys that it lacks of a model: of each method at each ratio, or once if `sizeless`.
+
+    ValueError for methods that are not `known`, and where versions of the method would mix.
+    """
+    if unknown := {*methods} - {*known}:
+        raise ValueError(f"unknown methods {sorted(unknown)}: choose among {', '.join(known)}")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    cells = Cells(Path(folder) / "cells.jsonl")
+    cells.refuse_mixture(*[method_version() for method in methods if method in STAMPED])
+    keys = [
+        Key(name, method, ratio, 0)
+        for ratio in (None, *ratios)
+        for method in methods
+        if (method in sizeless) == (ratio is None)
+    ]
+    return cells, [key for key in keys if key not in cells]
 
 
 def encode_counts(counts: np.ndarray) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from cells import Cells, Key, method_version
+from cells import Cells, Key, method_version, open_cells
 from comparison import parse
 from methods import OWN_SIZE, install, stored_bytes
 from scipy.stats import spearmanr
@@ -215,19 +215,7 @@ def script_table(cells: Cells, name: str, most: int = 12) -> str:
 
 def main(arguments: list[str] | None = None) -> Cells:
     (args,) = parse((SimilarityArguments,), arguments)
-    if unknown := {*args.methods} - {*METHODS}:
-        raise ValueError(f"unknown methods {sorted(unknown)}: choose among {', '.join(METHODS)}")
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    cells = Cells(folder / "cells.jsonl")
-    cells.refuse_mixture(*[method_version() for method in args.methods if method in OURS])
-    keys = [
-        Key(args.name, method, ratio, 0)
-        for ratio in (None, *args.ratios)
-        for method in args.methods
-        if (method in OWN_SIZE) == (ratio is None)
-    ]
-    missing = [key for key in keys if key not in cells]
+    cells, missing = open_cells(args.output_dir, args.name, args.methods, args.ratios, METHODS, [*OWN_SIZE])
     if missing:
         dense = load_model(args)
         wanted = vectors(dense, args)
