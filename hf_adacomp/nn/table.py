@@ -77,7 +77,9 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         """Begin anew with the ladder of other settings, before anything is fitted; what was observed stays."""
         state = self.require_training("offer")
         observation, source = state.observation, state.source
+        learning = any(parameter.requires_grad for parameter in self.codebook.parameters())
         self.config, self.codebook = config, _new_codebook(source, config).train(self.training)
+        self.codebook.requires_grad_(learning)
         self.training_state = TrainingState(source, config).train(self.training)
         self.training_state.observation = observation
 

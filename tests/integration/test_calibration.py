@@ -111,6 +111,7 @@ def test_counts_that_were_given_are_kept_and_the_metric_is_measured(bert, counts
 def test_lengths_on_offer_follow_the_counts(bert, counts):
     """With "auto", as if the counts had been known at once."""
     model = compress(copy.deepcopy(bert), settings(code_lengths="auto"))
+    model.get_input_embeddings().requires_grad_(False)
     before = model.get_input_embeddings().config.ladder
     ids = torch.arange(VOCABULARY).repeat_interleave(counts)
     calibrate(model, [{"input_ids": row} for row in ids[: len(ids) // 16 * 16].view(-1, 1, 16)], show_progress=False)
@@ -118,6 +119,7 @@ def test_lengths_on_offer_follow_the_counts(bert, counts):
     known = compress(copy.deepcopy(bert), settings(code_lengths="auto"), observed.token_counts())
     assert observed.config.ladder == known.get_input_embeddings().config.ladder != before
     assert observed.codebook.length == observed.config.ladder[-1]
+    assert not any(parameter.requires_grad for parameter in observed.codebook.parameters())
     pack(model)
 
 
