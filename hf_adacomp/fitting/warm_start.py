@@ -16,7 +16,7 @@ from .spectrum import BLOCK, binary_code_distortion, mean_and_covariance, princi
 from .token_counts import draw_tokens, fit_weights
 
 FIT_ROWS = 1 << 15
-LONGEST_ROUNDS, FIT_ROUNDS = 6, 12
+LONGEST_ROUNDS, FIT_ROUNDS = 6, 16
 """Rows that the code-book is fitted to at most, and rounds of encoding and least squares: for the longest codes, for
 all."""
 
