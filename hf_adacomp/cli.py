@@ -1,4 +1,4 @@
-"""The command `hf-adacomp`: compress, inspect, plot and decompress models from the shell."""
+"""The command `hf-adacomp`: compress, inspect, plot, export and decompress models from the shell."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .integration.calibration import calibrate
 from .integration.compression import compress, decompress, pack
 from .integration.sentence import static_model
 from .integration.sizes import size_report
-from .integration.tables import require_compressed, transformers_models
+from .integration.tables import num_tokens, require_compressed, transformers_models
 from .reports.plots import plot_lengths
 from .reports.tokens import token_table
 from .saved_models import load_model, load_tokenizer, save_model
@@ -201,13 +201,12 @@ def _counts(args: argparse.Namespace, model: Any) -> Tensor | None:
         return None
     tokenizer = load_tokenizer(args.model, model)
     inner = static_model(model) or transformers_models(model)[0]
-    size: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
-    counts = torch.zeros(size, dtype=torch.int64)
+    counts = torch.zeros(num_tokens(inner), dtype=torch.int64)
     texts = read_texts(args.counts_from)
     for start in trange(0, len(texts), LINES, desc="Counting tokens"):
         batch = texts[start : start + LINES]
         ids = [i for row in tokenizer(batch, truncation=False, verbose=False)["input_ids"] for i in row]
-        counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=size)
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=len(counts))
     return counts
 
 

@@ -46,7 +46,7 @@ METHODS = ("dense", "int8", "int4", *OURS)
 GENERATE = """
 import json, sys, time
 import hf_adacomp, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 torch.set_num_threads(int(sys.argv[3]))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ids = torch.tensor([json.loads(sys.argv[2])])
@@ -93,8 +93,9 @@ def rows(file: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int) 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, test: Tensor) -> float:
     losses = []
+    model.eval()
     for row in tqdm(test, desc="Perplexity"):
-        logits = model.eval()(row[None]).logits[0, :-1].float()
+        logits = model(row[None]).logits[0, :-1].float()
         losses.append(F.cross_entropy(logits, row[1:]))
     return math.exp(sum(map(float, losses)) / len(losses))
 
@@ -139,7 +140,7 @@ def cell(dense: PreTrainedModel, data: Tensor, test: Tensor, args: PerplexityArg
         figures["table_bytes"] = round_table(model, 8) if key.method == "int8" else round_table(model, 4, group=32)
     figures["seconds"] = time.perf_counter() - started
     figures["perplexity"] = perplexity(model, test)
-    if key.method not in ("int8", "int4"):  # which torchao computes with in memory, and save_pretrained does not store
+    if key.method not in ("int8", "int4"):  # whose rounded tables are stored as floats
         folder = Path(args.output_dir) / "model"
         model.save_pretrained(folder)
         prompt, threads = json.dumps(test[0, :16].tolist()), str(torch.get_num_threads())

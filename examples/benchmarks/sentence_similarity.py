@@ -1,7 +1,7 @@
 """Smaller tables of sentence encoders without labels: how well cosines still rank rated pairs, language by language.
 
-    python examples/benchmarks/sentence_similarity.py --model_name_or_path multilingual-e5-small --prompt "query: " \\
-        --data_dir stsb_multi --languages de en fr ja ru zh
+    python examples/benchmarks/sentence_similarity.py --name e5-small --model_name_or_path multilingual-e5-small \\
+        --prompt "query: " --data_dir stsb_multi --languages de en fr ja ru zh
     python examples/benchmarks/sentence_similarity.py --name word2vec --vectors_file word2vec.npz --data_dir stsb_multi
 
 Nothing here sees a rating but the measure itself. `count` knows how often tokens occur in the training sentences,
@@ -25,6 +25,7 @@ import torch
 from cells import Cells, Key, method_version, open_cells
 from comparison import parse
 from methods import OWN_SIZE, install, stored_bytes
+from peers import Peer
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
@@ -139,18 +140,19 @@ def bits_by_script(model: SentenceTransformer) -> dict[str, tuple[int, float]]:
 
 
 def cell(
-    dense: SentenceTransformer, wanted: dict[str, Tensor], args: SimilarityArguments, method: str, ratio: float | None
+    dense: SentenceTransformer, wanted: dict[str, Tensor], texts: list[str], args: SimilarityArguments, key: Key
 ) -> dict:
-    """One row: make the model, measure it; `wanted` are the dense vectors."""
-    texts = training_texts(args)
+    """One row: make the model, measure it; `wanted` are the dense vectors, `texts` those to train on."""
+    method, ratio = key.method, key.ratio
     model = copy.deepcopy(dense)
-    counts = count(model, texts)
     started = time.perf_counter()
     figures: dict = {}
     if method in OURS:
         set_seed(0)
         fractions = {"select_fraction": 0.0} if method == "distilled" else {}
-        compress(model, AdaCompConfig(target_ratio=ratio, **fractions), counts if method == "count" else None)
+        compress(
+            model, AdaCompConfig(target_ratio=ratio, **fractions), count(model, texts) if method == "count" else None
+        )
         if method != "count":
             calibrate(model, texts)
         if method == "distilled":
@@ -170,13 +172,13 @@ def cell(
         static = static_model(model)
         if static is not None:
             put_static_model(model, static)
-        install(method, transformers_models(model)[0], ratio or 1.0, counts, seed=0)
-        if hasattr(table := transformers_models(model)[0].get_input_embeddings(), "finish"):
-            table.finish()
+        inner = transformers_models(model)[0]
+        install(method, inner, ratio or 1.0, count(dense, texts), seed=0)
+        if isinstance(peer := inner.get_input_embeddings(), Peer):
+            peer.finish()
     model.eval()
     figures["seconds"] = time.perf_counter() - started
-    inner = transformers_models(model)[0] if static_model(model) is None else static_model(model)
-    figures["table_bytes"] = stored_bytes(inner)
+    figures["table_bytes"] = stored_bytes(transformers_models(model)[0])
     return {**figures, **scores(vectors(model, args), wanted, args)}
 
 
@@ -218,9 +220,9 @@ def main(arguments: list[str] | None = None) -> Cells:
     cells, missing = open_cells(args.output_dir, args.name, args.methods, args.ratios, METHODS, [*OWN_SIZE])
     if missing:
         dense = load_model(args)
-        wanted = vectors(dense, args)
+        wanted, texts = vectors(dense, args), training_texts(args)
     for key in tqdm(missing, desc="Cells"):
-        cells.add(key, cell(dense, wanted, args, key.method, key.ratio))
+        cells.add(key, cell(dense, wanted, texts, args, key))
     print(f"{table(cells, args.name)}\n\n{script_table(cells, args.name)}")
     return cells
 

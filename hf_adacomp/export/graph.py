@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integration.sentence import is_sentence_model
-from ..integration.tables import transformers_models
+from ..integration.tables import num_tokens, transformers_models
 
 INPUTS = ("input_ids", "attention_mask")
 
@@ -44,8 +44,7 @@ class Graph(nn.Module):
     @property
     def num_tokens(self) -> int:
         """Rows of the table, V."""
-        size: int = self.inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of ours
-        return size
+        return num_tokens(self.inner)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Values of `outputs`."""

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .sentence import is_sentence_model, tokenizer_of
-from .tables import transformers_models
+from .tables import num_tokens, transformers_models
 
 BATCH_SIZE, BATCH_SIZE_OF_LOGITS, MAX_LENGTH = 32, 4, 256
 """Texts in a batch, those of a model that makes logits of a whole vocabulary at each token, and tokens of a text."""
@@ -119,9 +119,9 @@ def text_batches(
     inner = transformers_models(model)[0]
     if batch_size is None:
         batch_size = BATCH_SIZE if inner.get_output_embeddings() is None else BATCH_SIZE_OF_LOGITS
-    num_tokens: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
     longest = getattr(model, "max_seq_length", None) if is_sentence_model(model) else None
-    return TextBatches(texts, tokenizer, batch_size, min(max_length, longest or max_length), num_tokens, _prompt(model))
+    max_length = min(max_length, longest or max_length)
+    return TextBatches(texts, tokenizer, batch_size, max_length, num_tokens(inner), _prompt(model))
 
 
 def _is_text(value: Any) -> bool:

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import AUTO, AdaCompConfig
 from ..fitting.ladder import with_ladder_for
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .answers import reaction
 from .batches import MAX_LENGTH, Text, batches_of
-from .tables import compressed_embeddings, named_modules, require_compressed, transformers_models
+from .tables import compressed_embeddings, named_modules, num_tokens, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
 
@@ -74,7 +74,7 @@ def calibrate(
                 f"{name} is not to be calibrated in its phase {table.phase!r}: calibrate(model, texts) comes right "
                 "after compress(model, config)"
             )
-    seen = _Seen(model, tables)
+    seen = _Seen(transformers_models(model)[0], tables)
     batches, tokenizer = batches_of(model, texts_or_batches, tokenizer, batch_size, max_length)
     total = len(batches)  # type: ignore[arg-type]  # what has no length was made a list
     every = 1 if len(tables) > 1 else math.ceil(total / max(1, measured_batches))
@@ -145,16 +145,13 @@ class _Seen:
     """Which tokens batches hold, and whether they can be right.
 
     Args:
-        model: The compressed model.
-        tables: Its tables.
+        inner: The transformers model that batches run through.
+        tables: The compressed tables.
     """
 
-    def __init__(self, model: Any, tables: Mapping[str, AdaptiveCompressedEmbedding]) -> None:
-        self.model, self.tables = model, tables
-        inner = transformers_models(model)[0]
-        num_tokens: int = inner.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of ours
-        self.device = inner.device
-        self.tokens = torch.zeros(num_tokens, dtype=torch.bool)
+    def __init__(self, inner: PreTrainedModel, tables: Mapping[str, AdaptiveCompressedEmbedding]) -> None:
+        self.tables, self.device = tables, inner.device
+        self.tokens = torch.zeros(num_tokens(inner), dtype=torch.bool)
         for table in tables.values():
             table.reached = False
 

@@ -57,6 +57,12 @@ def transformers_models(model: Any) -> list[PreTrainedModel]:
     return found
 
 
+def num_tokens(model: PreTrainedModel) -> int:
+    """Rows V of the token table of a model, compressed or not."""
+    size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
+    return size
+
+
 def compressed_model(model: Any) -> PreTrainedModel:
     """The one transformers model with compressed tables that `model` is or holds."""
     require_compressed(model)
