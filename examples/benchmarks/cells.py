@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import zlib
@@ -23,6 +24,8 @@ STAMPED = ("learned", "count", "fixed", "calibrated", "distilled", "trained")
 
 ROOMS = ("codes", "lengths", "fitting", "nn")
 """Of the package: what decides on a result, beside the settings."""
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 class Key(NamedTuple):
@@ -109,10 +112,21 @@ def score_items(scores: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def method_version() -> str:
-    """Twelve digits that change with the code of the method: settings, codes, lengths, fits, modules."""
+    """Twelve digits that change with the code of the method: settings, codes, lengths, fits, modules.
+
+    They do not change with comments and docstrings, which decide on no result.
+    """
     package = Path(hf_adacomp.__file__).parent
     files = [package / "config.py", *sorted(file for room in ROOMS for file in (package / room).glob("*.py"))]
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, DOCUMENTED):
+            node.body = [part for part in node.body if not _is_text(part)]
+    return sha256("".join(map(ast.unparse, trees)).encode()).hexdigest()[:12]
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str)
 
 
 def open_cells(
