@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -197,13 +198,30 @@ def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as autograd counts it: optimizers do so. 0 for those it does not."""
+    """How often a tensor was changed in place, as autograd counts it. 0 for those it does not.
+
+    Fused optimizers, the Trainer's default among them, change parameters uncounted.
+    """
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
-def state_of(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
-    """What differs as soon as one of the tensors is another, lies elsewhere or was changed in place."""
-    return [(id(tensor), tensor.data_ptr(), tensor.dtype, version(tensor)) for tensor in tensors]
+_steps_taken = 0
+
+
+def _note_step(*_: Any) -> None:
+    global _steps_taken  # noqa: PLW0603  # by all optimizers of the process, as the hook is
+    _steps_taken += 1
+
+
+register_optimizer_step_post_hook(_note_step)
+
+
+def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """What differs as soon as one of the tensors is another, lies elsewhere or was changed in place.
+
+    Any optimizer's step may have changed them: see `version`.
+    """
+    return _steps_taken, *((id(tensor), tensor.data_ptr(), tensor.dtype, version(tensor)) for tensor in tensors)
 
 
 def is_traced() -> bool:

@@ -269,3 +269,12 @@ def test_state_of_tensors_tells_every_change():
     assert moved != before
     tensor.add_(1)
     assert compat.state_of([tensor]) != moved
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_state_of_tensors_tells_steps_of_optimizers(options):
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    before = compat.state_of([parameter])
+    torch.optim.AdamW([parameter], **options).step()  # a fused one leaves no trace at the tensor
+    assert compat.state_of([parameter]) != before

@@ -68,10 +68,7 @@ def decide_bits(drive: Tensor, overlap: Tensor, start: Tensor | None = None) -> 
     return bits, margins
 
 
-def nearest_bits(
-    x: Tensor, vectors: Tensor, bias: Tensor, *, metric: Tensor | None = None, start: Tensor | None = None
-) -> Tensor:
-    """Centred bits of codes near x, (N, d) -> (N, L), by code vectors (L, d), a bias (d,) and a metric (d, d)."""
-    readers = vectors if metric is None else vectors @ metric
-    overlap = readers @ vectors.T
-    return decide_bits((x - bias) @ readers.T, overlap.fill_diagonal_(0), start)[0]
+def nearest_bits(x: Tensor, vectors: Tensor, bias: Tensor, *, start: Tensor | None = None) -> Tensor:
+    """Centred bits of codes near x, (N, d) -> (N, L), by code vectors (L, d) and a bias (d,)."""
+    overlap = vectors @ vectors.T
+    return decide_bits((x - bias) @ vectors.T, overlap.fill_diagonal_(0), start)[0]

@@ -48,6 +48,13 @@ def test_anneals_freezes_packs_and_saves(tmp_path, ids, device):
     assert close(loaded(ids).logits, model.cpu().eval()(ids).logits, 1e-6 if device.type == "cpu" else 1e-3)
 
 
+def test_an_ordinary_training_warns_of_nothing(tmp_path, caplog):
+    trainer = new_trainer(new_model(), tmp_path)
+    assert "fused" in trainer.args.optim  # as by default; such an optimizer changes parameters unseen by autograd
+    trainer.train()
+    assert not [record for record in caplog.records if record.name.startswith("hf_adacomp")]
+
+
 @pytest.mark.parametrize("evaluate_first", [False, True])
 def test_fits_to_what_the_training_shows(tmp_path, evaluate_first):
     """Even where an evaluation before training had to start without counts."""

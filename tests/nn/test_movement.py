@@ -24,12 +24,13 @@ def test_parameters_that_nobody_moves_are_found_once(caplog):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("late", [True, False])
-def test_a_loop_whose_optimizer_lacks_the_table_is_told(config, counts, caplog, late):
+def test_a_loop_whose_optimizer_lacks_the_table_is_told(config, counts, caplog, late, fused):
     model = nn.Sequential(nn.Embedding(VOCABULARY, 32), nn.Linear(32, 2))
-    early = torch.optim.AdamW(model.parameters())
+    early = torch.optim.AdamW(model.parameters(), fused=fused)
     model[0] = AdaptiveCompressedEmbedding.from_embedding(model[0], config, counts)
-    optimizer = torch.optim.AdamW(model.parameters()) if late else early
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused) if late else early
     for step in range(PATIENCE + 2):
         model.train()(torch.randint(0, VOCABULARY, (9,))).square().mean().backward()
         model[0].step(step / 40)

@@ -241,6 +241,17 @@ def test_values_are_decoded_anew_when_something_changed(packed):
     assert packed.weight.shape == packed.weight.clone().shape == (100, 32)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("phase", ["encode", "packed"])
+def test_values_are_decoded_anew_after_a_step(phase, fused, config, counts):
+    table = table_in(phase, config, counts).train()
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, fused=fused)
+    before = table.weight.clone()
+    table.weight.square().sum().backward()  # and nothing is looked up
+    optimizer.step()
+    assert not torch.equal(table.weight, before)
+
+
 def test_in_inference_mode_first_and_with_gradients_next(packed):
     with torch.inference_mode():
         packed.weight.sum()
@@ -256,7 +267,7 @@ def test_compiled_code_may_read_it(packed):
         assert torch.allclose(read(hidden), F.linear(hidden, packed.weight), atol=1e-5)
 
 
-def testlast_weight_is_one_object_while_somebody_holds_it(packed):
+def test_last_weight_is_one_object_while_somebody_holds_it(packed):
     weight = packed.weight
     assert packed.weight is weight
     with torch.no_grad():
