@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..integration.sentence import is_sentence_model
-from ..integration.tables import num_tokens, transformers_models
+from ..integration.tables import compressed_embeddings, num_tokens, transformers_models
+from .tables import for_graph
 
 INPUTS = ("input_ids", "attention_mask")
 
@@ -38,7 +39,10 @@ class Graph(nn.Module):
             )
         inner.set_attn_implementation("eager")  # whose graph holds for any shape
         inner.config.use_cache = False
+        for table in compressed_embeddings(inner).values():
+            for_graph(table)
         self.model, self.inner, self.sentence = model, inner, is_sentence_model(model)
+        self.eval().requires_grad_(False)
         self.outputs = self._named_outputs()
 
     @property

@@ -22,6 +22,14 @@ NAMES = {None: "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.o
 BLOCK = 32
 """Weights that share a scale in int4."""
 
+INTEGER_PRODUCTS = 4
+"""The level of `MatMulNBits` at which activations are rounded to int8, block by block: it is a third faster."""
+
+MODULES = "pkg.torch.onnx.class_hierarchy"
+"""What PyTorch notes of a node: the classes of the modules around it."""
+
+OWN_MODULES = "'hf_adacomp.nn."
+
 
 def export_onnx(
     model: Any,
@@ -42,7 +50,8 @@ def export_onnx(
             transformers.js loads it.
         tokenizer: For a folder; a sentence-transformers model has its own.
         quantize: Also store linear layers as integers, by onnxruntime's quantizers: `"int8"` (dynamic) or `"int4"`
-            (weights alone, in blocks of 32). The table keeps its codes.
+            (weights in blocks of 32); and, in int8, dense tables such as that of positions. The packed table
+            stays as it is.
 
     Returns:
         The file that was written.
@@ -68,9 +77,9 @@ def export_onnx(
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent) as folder:  # a file that is not whole is not left behind
         made = Path(folder) / "model.onnx"
-        write_graph(graph, made)
+        packed = write_graph(graph, made)
         if quantize is not None:
-            made = _quantized(made, quantize)
+            made = quantized(made, quantize, packed)
         os.replace(made, file)
     if file is not path and tokenizer is not None:
         graph.inner.config.save_pretrained(path)
@@ -86,8 +95,12 @@ def _require(*modules: str) -> None:
             raise ValueError(f'exporting to ONNX needs {name}: pip install "hf-adacomp[onnx]"') from error
 
 
-def write_graph(graph: Graph, file: Path) -> None:
-    """Write a model, packed or dense, to an ONNX file as it is."""
+def write_graph(graph: Graph, file: Path) -> list[str]:
+    """Write a model, packed or dense, to an ONNX file as it is.
+
+    Returns:
+        The nodes of packed tables, which quantizers should leave alone.
+    """
     axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
     shape = (2, 16)
     inputs = (torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64))
@@ -103,26 +116,39 @@ def write_graph(graph: Graph, file: Path) -> None:
             dynamo=True,
             verbose=False,
         )
+    packed = []
     for node in program.model.graph.all_nodes():
+        if OWN_MODULES in node.metadata_props.get(MODULES, ""):
+            packed.append(node.name)
         node.metadata_props.clear()  # where in the source each comes from: much of a small file
     program.save(file, external_data=False)
+    return packed
 
 
-def _quantized(file: Path, kind: str) -> Path:
-    """The same with integer weights of linear layers, in a file beside it."""
+def quantized(file: Path, kind: str, packed: list[str]) -> Path:
+    """The same with integer weights of linear layers and dense tables, but for some nodes, in a file beside it."""
+    onnx, quantization = import_module("onnx"), import_module("onnxruntime.quantization")
     made = file.with_name(f"{kind}.onnx")
-    if kind == "int8":
-        quantization = import_module("onnxruntime.quantization")
-        quantization.quantize_dynamic(
-            file,
-            made,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            weight_type=quantization.QuantType.QInt8,
+    quantization.quantize_dynamic(
+        file,
+        made,
+        op_types_to_quantize=["Gather", "MatMul", "Gemm"] if kind == "int8" else ["Gather"],
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+        nodes_to_exclude=packed,
+    )
+    model = onnx.load(made)
+    if kind == "int4":
+        quantizers = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+        quantizer = quantizers.MatMulNBitsQuantizer(
+            model,
+            block_size=BLOCK,
+            is_symmetric=True,
+            accuracy_level=INTEGER_PRODUCTS,
+            nodes_to_exclude=packed,
         )
-        return made
-    onnx, quantizers = import_module("onnx"), import_module("onnxruntime.quantization.matmul_nbits_quantizer")
-    quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(file), block_size=BLOCK, is_symmetric=True)
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(made), use_external_data_format=False)
+        quantizer.process()
+        model = quantizer.model.model
+    del model.graph.value_info[:]  # shapes on the way, which a runtime finds by itself
+    onnx.save(model, made)
     return made

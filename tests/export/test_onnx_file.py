@@ -76,6 +76,18 @@ def test_quantized_files_have_integer_layers_and_codes(encoder, tmp_path):
     assert sizes["int4"] < sizes["int8"] < sizes[None]
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantizers_take_dense_tables_and_leave_the_packed_one(encoder, tmp_path, quantize):
+    plain, found = (onnx.load(export_onnx(encoder, tmp_path / "m.onnx", quantize=kind)) for kind in (None, quantize))
+    stored = [{tensor.name: tensor.raw_data for tensor in model.graph.initializer} for model in (plain, found)]
+    changed = {name for name, data in stored[0].items() if stored[1].get(name) != data}
+    of_layers = {node.input[1] for node in plain.graph.node if "MatMul" in node.name and node.input[1] in stored[0]}
+    assert changed - of_layers == {f"inner.embeddings.{name}_embeddings.weight" for name in ("position", "token_type")}
+    assert "inner.embeddings.word_embeddings.packed.where" in stored[1]
+    assert len(stored[1]["inner.embeddings.position_embeddings.weight_quantized"]) == 32 * 64
+    assert not any("word_embeddings" in name for name in stored[1].keys() - stored[0].keys())
+
+
 def test_static_embeddings(tmp_path):
     vocabulary = {"[UNK]": 0, **{f"word{i}": i + 1 for i in range(200)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
