@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .sentence import is_sentence_model, tokenizer_of
 from .tables import num_tokens, transformers_models
 
-BATCH_SIZE, BATCH_SIZE_OF_LOGITS, MAX_LENGTH = 32, 4, 256
+BATCH_SIZE, BATCH_SIZE_OF_LOGITS, MAX_LENGTH = 16, 4, 256
 """Texts in a batch, those of a model that makes logits of a whole vocabulary at each token, and tokens of a text."""
 
 Text = str | Sequence[str]

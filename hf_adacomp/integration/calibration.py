@@ -54,7 +54,7 @@ def calibrate(
         texts_or_batches: Texts or pairs of texts such as the model is for, some thousands; or batches, mappings of
             names to tensors as the model takes them.
         tokenizer: Of the texts. A sentence-transformers model has its own, and its default prompt is put first.
-        batch_size: Texts in a batch. By default 32, or 4 if the model makes logits of a vocabulary, which are many.
+        batch_size: Texts in a batch. By default 16, or 4 if the model makes logits of a vocabulary, which are many.
         max_length: Longer texts are cut to so many tokens.
         measured_batches: So many batches, evenly spread, run through the model; of the others tokens are counted. Of
             a model with several compressed tables all batches run.
