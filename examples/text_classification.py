@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import EvalResult
 from transformers import (
@@ -30,6 +31,10 @@ from transformers import (
 )
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, push_model_card, size_report, token_table
+from hf_adacomp.reports.plots import can_plot, plot_lengths
+
+FREQUENT = 10
+"""Times that the training texts show a token of which code lengths are compared."""
 
 
 @dataclass
@@ -71,13 +76,22 @@ def accuracy(output: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())}
 
 
-def print_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Dataset) -> None:
-    """Common ones with the shortest codes and rare ones with the longest, of those in these texts."""
+def show_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Dataset, picture: Path) -> str:
+    """Print the frequent tokens of these texts with the shortest and the longest codes, draw all; say what there is."""
     seen = Counter(token for ids in texts["input_ids"] for token in ids)
-    rows = [row for row in token_table(model, tokenizer) if seen[row.id] and row.id not in tokenizer.all_special_ids]
+    special = tokenizer.all_special_ids
+    rows = [row for row in token_table(model, tokenizer) if seen[row.id] >= FREQUENT and row.id not in special]
     rows.sort(key=lambda row: (row.bits, -seen[row.id]))
+    print(
+        f"\nShortest and longest codes among {len(rows)} tokens that the training texts show {FREQUENT} times or more"
+    )
     for row in rows[:6] + rows[-6:]:
         print(f"{row.token:<16}{row.bits:>5} bits, {seen[row.id]:>5} times in the training texts")
+    if can_plot():
+        counts = torch.tensor([seen[token] for token in range(model.get_input_embeddings().num_embeddings)])
+        plot_lengths(model, counts).savefig(picture)
+    lengths = ", ".join(f"{n} have {bits} bits" for bits, n in Counter(row.bits for row in rows).items())
+    return f"Frequent tokens differ in code length: {lengths}" + (f" (picture: {picture})." if can_plot() else ".")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -137,12 +151,18 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         hub = {"token": training_args.hub_token, "revision": training_args.hub_revision}
         push_model_card(model, trainer.hub_model_id, results=ours, dense_results=dense, **hub)
 
-    print(f"\n{size_report(model)}\n\nTokens with the shortest and the longest codes")
-    print_tokens(model, tokenizer, data["train"])
-    print(f"\nBoth models trained equally long: {training_args.num_train_epochs:g} + {args.further_epochs:g} epochs.")
-    for name, row in figures.items():
-        print(f"{name:<12}test accuracy {row['test_accuracy']:.4f}{row['file_bytes']:>14,} bytes")
-    print(f"{time.perf_counter() - started:.0f} seconds in all")
+    size, (dense, ours) = size_report(model), figures.values()
+    print(f"\n{size}")
+    lengths = show_lengths(model, tokenizer, data["train"], Path(training_args.output_dir) / "code_lengths.png")
+    epochs, right = training_args.num_train_epochs + args.further_epochs, dense["test_accuracy"]
+    chance = 2 * (right * (1 - right) / len(data["test"])) ** 0.5
+    print(
+        f"\nThe token table is {size.ratio:.0f} times smaller, the file of the whole model has "
+        f"{ours['file_bytes']:,} bytes in place of {dense['file_bytes']:,}.\n"
+        f"After {epochs:g} epochs each, the dense model is right on {right:.1%} of {len(data['test'])} test texts, the "
+        f"compressed one on {ours['test_accuracy']:.1%}; differences below {chance:.1%} may be chance.\n{lengths}\n"
+        f"{time.perf_counter() - started:.0f} seconds in all"
+    )
     return figures
 
 
