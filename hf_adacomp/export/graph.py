@@ -12,7 +12,8 @@ from ..integration.sentence import is_sentence_model
 from ..integration.tables import compressed_embeddings, num_tokens, transformers_models
 from .tables import for_graph
 
-INPUTS = ("input_ids", "attention_mask")
+Inputs = tuple[tuple[Tensor, ...], tuple[Any, ...]]
+"""Tensors, and their axes that may have any size, as `torch.export` wants them for `forward`."""
 
 
 class Graph(nn.Module):
@@ -43,12 +44,19 @@ class Graph(nn.Module):
             for_graph(table)
         self.model, self.inner, self.sentence = model, inner, is_sentence_model(model)
         self.eval().requires_grad_(False)
+        self.inputs: tuple[str, ...] = ("input_ids", "attention_mask")
         self.outputs = self._named_outputs()
 
     @property
     def num_tokens(self) -> int:
         """Rows of the table, V."""
         return num_tokens(self.inner)
+
+    def example(self) -> Inputs:
+        """What it may be traced with: two texts of 16 tokens."""
+        shape = (2, 16)
+        axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
+        return (torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64)), (axes, axes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Values of `outputs`."""

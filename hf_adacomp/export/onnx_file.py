@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..integration.sentence import is_sentence_model, tokenizer_of
 from ..integration.tables import require_compressed
-from .graph import INPUTS, Graph
+from .decoding import graph_of
+from .graph import Graph
 
 NAMES = {None: "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
 """Of the file in a folder's `onnx/`, by how its linear layers are stored: as the Hub's ONNX models have them."""
@@ -41,10 +42,11 @@ def export_onnx(
 
     Inputs are `input_ids` and `attention_mask`, int64 (B, T). A sentence-transformers model computes
     `token_embeddings` and, with its pooling and normalisation, `sentence_embedding`; others `logits` or
-    `last_hidden_state`.
+    `last_hidden_state`. Of a model that generates one step is exported, which also takes and gives the keys and values
+    of the tokens before (`past_key_values.N.key`, `present.N.key`, ...; of no tokens at the first step).
 
     Args:
-        model: A packed encoder or language model (without cache), or a packed model of sentence-transformers.
+        model: A packed encoder or language model, or a packed model of sentence-transformers.
         path: A file `.onnx`; or a folder, which gets the layout of the Hub's ONNX models: `onnx/model.onnx`,
             `onnx/model_quantized.onnx` (int8) or `onnx/model_q4.onnx` (int4), config and tokenizer beside it, so that
             transformers.js loads it.
@@ -57,8 +59,8 @@ def export_onnx(
         The file that was written.
 
     Raises:
-        ValueError: For a model in training form, an encoder with a decoder, an unknown `quantize`, a folder without
-            tokenizer, a missing extra. Nothing is written then.
+        ValueError: For a model in training form, an encoder with a decoder, one that generates by other than keys and
+            values, an unknown `quantize`, a folder without tokenizer, a missing extra. Nothing is written then.
     """
     if quantize not in NAMES:
         raise ValueError(f"quantize must be None, 'int8' or 'int4'; got {quantize!r}")
@@ -66,7 +68,7 @@ def export_onnx(
     for name, table in require_compressed(model).items():
         if table.phase != "packed":
             raise ValueError(f"{name} is in training form ({table.phase!r}): export what pack(model) returns")
-    path, graph = Path(path), Graph(model)
+    path, graph = Path(path), graph_of(model)
     if path.suffix == ".onnx":
         file = path
     else:
@@ -101,18 +103,16 @@ def write_graph(graph: Graph, file: Path) -> list[str]:
     Returns:
         The nodes of packed tables, which quantizers should leave alone.
     """
-    axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
-    shape = (2, 16)
-    inputs = (torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64))
+    inputs, axes = graph.example()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The axis name|# The axis name", UserWarning)  # ids and mask share theirs
         warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)  # of PyTorch about itself
         program: Any = torch.onnx.export(
             graph,
-            kwargs=dict(zip(INPUTS, inputs, strict=True)),
-            input_names=INPUTS,
+            inputs,
+            input_names=graph.inputs,
             output_names=graph.outputs,
-            dynamic_shapes=dict.fromkeys(INPUTS, axes),
+            dynamic_shapes=axes,
             dynamo=True,
             verbose=False,
         )
