@@ -57,9 +57,10 @@ class DecodingStep(Graph):
         if "position_ids" in self.inputs:
             tokens.append(before + torch.arange(new).repeat(texts, 1))
         past = [torch.zeros(texts, heads, before, width) for _, heads, _, width in self.shapes]
-        axis = torch.export.Dim.DYNAMIC
-        axes = (*({0: axis, 1: axis} for _ in tokens), *({0: axis, 2: axis} for _ in past))
-        return (*tokens, *past), (axes,)  # one argument, `*tensors`
+        axes = [{0: "batch_size", 1: "sequence_length"} for _ in tokens]
+        axes[1] = {0: "batch_size", 1: "total_sequence_length"}
+        axes += [{0: "batch_size", 2: "past_sequence_length"} for _ in past]
+        return (*tokens, *past), (tuple(axes),)  # one argument, `*tensors`
 
     @torch.no_grad()
     def _kept(self) -> list[Tensor]:

@@ -13,7 +13,7 @@ from ..integration.tables import compressed_embeddings, num_tokens, transformers
 from .tables import for_graph
 
 Inputs = tuple[tuple[Tensor, ...], tuple[Any, ...]]
-"""Tensors, and their axes that may have any size, as `torch.export` wants them for `forward`."""
+"""Tensors for `forward`, and their axes that may have any size, by names that the Hub's ONNX models have."""
 
 
 class Graph(nn.Module):
@@ -55,7 +55,7 @@ class Graph(nn.Module):
     def example(self) -> Inputs:
         """What it may be traced with: two texts of 16 tokens."""
         shape = (2, 16)
-        axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
+        axes = {0: "batch_size", 1: "sequence_length"}
         return (torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64)), (axes, axes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:

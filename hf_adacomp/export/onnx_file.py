@@ -85,6 +85,8 @@ def export_onnx(
         os.replace(made, file)
     if file is not path and tokenizer is not None:
         graph.inner.config.save_pretrained(path)
+        if graph.inner.can_generate():
+            graph.inner.generation_config.save_pretrained(path)
         tokenizer.save_pretrained(path)
     return file
 

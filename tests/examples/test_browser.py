@@ -1,4 +1,4 @@
-"""The page and the script of node: the similarities of PyTorch, by files beside them alone.
+"""The page and the scripts of node: the similarities and texts of PyTorch, by files beside them alone.
 
 They run where their packages are installed, `npm install --ignore-scripts` in examples/browser; the page also needs
 Chromium with its driver (Debian: `apt install chromium chromium-driver`) and `pip install selenium`.
@@ -17,7 +17,7 @@ import torch
 from conftest import EXAMPLES, WORDS, tiny_bert_config, word_tokenizer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import BertModel
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 
 from hf_adacomp import AdaCompConfig, compress, export_onnx, pack
 
@@ -61,6 +61,23 @@ def test_node_says_what_pytorch_says(page):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(cosine, abs=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_node_generates_what_pytorch_generates(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    places = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=204, num_key_value_heads=2, head_dim=8, **sizes, **places)).eval()
+    settings = AdaCompConfig(code_lengths=(4, 8, 28), target_ratio=6)
+    pack(compress(model, settings, 1000 // torch.arange(1, 205)))
+    tokenizer = word_tokenizer()
+    export_onnx(model, tmp_path / "model", tokenizer)
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    wanted = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True)
+    command = ["node", str(BROWSER / "generate.mjs"), str(tmp_path / "model"), "fp32", TEXTS[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == wanted
 
 
 @pytest.fixture
