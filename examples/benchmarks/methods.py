@@ -26,7 +26,14 @@ PEERS = ("uniform", "pq", "opq", "lsh", "itq", "svd", "compositional", "trim")
 OWN_SIZE = {"dense": 1.0, "int8": 4.0, "int4": 8.0}
 """Methods whose size is what it is, and about which: they run once, not once a ratio."""
 
-TITLES = {"learned": "default", "learned:select_fraction=0": "lengths not learned"}
+TITLES = {
+    "learned": "default",
+    "learned:select_fraction=0": "lengths not learned",
+    "count": "lengths by count",
+    "fixed": "one length",
+    "pq": "product quantization",
+    "trim": "frequent tokens alone, int8",
+}
 """What tables call these methods."""
 
 METHODS = (*OWN_SIZE, *PEERS, *OURS)

@@ -1,8 +1,6 @@
 """The benchmark's tables, JSON and picture, computed from its cells.
 
-    python examples/benchmarks/report.py --readme README.md
-
-puts the rows of the main methods between the two marker lines of the README as well.
+python examples/benchmarks/report.py --output_dir examples/benchmarks/results
 """
 
 from __future__ import annotations
@@ -12,21 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from cells import Cells, mean_and_deviation, paired_difference
-from methods import METHODS, OURS, OWN_SIZE, PEERS, TITLES, base
+from methods import METHODS, OWN_SIZE, TITLES, base
+from pictures import accuracy_by_size
 from transformers import HfArgumentParser
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend without windows
-
-MARKERS = ("<!-- accuracy benchmark -->", "<!-- end of accuracy benchmark -->")
-MAIN_METHODS = ("dense", "compositional", *OURS)
-"""What the README shows: the dense table, the best peer and ours."""
-
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-"""Okabe and Ito's colours, told apart by colour-blind readers too."""
 
 
 def summarize(cells: Cells) -> dict:
@@ -133,62 +121,6 @@ def paired_table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(summary: dict, file: Path) -> None:
-    """Accuracy against size, one panel a task and one line a method; at most three panels in a row."""
-    tasks = summary["tasks"]
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.4 * rows), squeeze=False)
-    panels = grid.flatten()
-    for unused in panels[len(tasks) :]:
-        unused.remove()
-    panels = panels[: len(tasks)]
-    methods = [
-        method for method in (*OURS, *PEERS, "int8", "int4") if any(r["method"] == method for r in summary["rows"])
-    ]
-    for task, panel in zip(tasks, panels, strict=True):
-        for index, method in enumerate(methods):
-            points = sorted(
-                (row["tasks"][task]["ratio"], row["tasks"][task]["accuracy"])
-                for row in summary["rows"]
-                if row["method"] == method and task in row["tasks"]
-            )
-            if points:
-                panel.plot(
-                    *zip(*points, strict=True),
-                    marker="o^sDvP*X"[index % 8],
-                    color=COLOURS[index % len(COLOURS)],
-                    linestyle="-" if method in OURS else "--",
-                    linewidth=2.5 if method == "learned" else 1.2,
-                    label=method,
-                )
-        for row in summary["rows"]:
-            if row["method"] == "dense" and task in row["tasks"]:
-                panel.axhline(row["tasks"][task]["accuracy"], color="grey", linestyle=":", label="dense")
-                # What has collapsed is far below: show where methods still differ.
-                panel.set_ylim(bottom=max(panel.get_ylim()[0], row["tasks"][task]["accuracy"] - 15))
-        panel.set(title=task, xscale="log", xlabel="dense bytes / stored bytes")
-        panel.set_xticks([4, 8, 16, 40, 80, 160, 300], [4, 8, 16, 40, 80, 160, 300])
-        panel.minorticks_off()
-    for row in grid:
-        row[0].set_ylabel("test accuracy (%)")
-    handles = {
-        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3 * columns, frameon=False)
-    lines = -(-len(handles) // (3 * columns))
-    figure.tight_layout(rect=(0, 0.28 * lines / figure.get_figheight(), 1, 1))
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-
-
-def fill_readme(readme: Path, text: str) -> None:
-    """Put `text` between the two marker lines of the README."""
-    before, rest = readme.read_text(encoding="utf-8").split(MARKERS[0] + "\n")
-    after = rest.split(MARKERS[1] + "\n")[1]
-    readme.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}\n{after}", encoding="utf-8")
-
-
 def write_report(cells: Cells, folder: Path) -> dict:
     """Print all tables, write `tables.md`, `summary.json` and `accuracy.png` into `folder`."""
     cells.refuse_mixture()
@@ -198,7 +130,7 @@ def write_report(cells: Cells, folder: Path) -> dict:
         tables = "\n\n".join(parts) + "\n"
         print(f"\n{tables}")
         (folder / "tables.md").write_text(tables, encoding="utf-8")
-        plot(summary, folder / "accuracy.png")
+        accuracy_by_size(summary, folder / "accuracy.png")
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 
@@ -208,15 +140,12 @@ class ReportArguments:
     output_dir: str = field(
         default=str(Path(__file__).with_name("results")), metadata={"help": "Folder with cells.jsonl."}
     )
-    readme: str | None = field(default=None, metadata={"help": "Put the table between the markers of this file."})
 
 
 def main() -> None:
     (args,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses()
     folder = Path(args.output_dir)
-    summary = write_report(Cells(folder / "cells.jsonl"), folder)
-    if args.readme is not None:
-        fill_readme(Path(args.readme), table(summary, MAIN_METHODS))
+    write_report(Cells(folder / "cells.jsonl"), folder)
 
 
 if __name__ == "__main__":

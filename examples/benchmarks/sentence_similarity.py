@@ -4,11 +4,12 @@
         --prompt "query: " --data_dir stsb_multi --languages de en fr ja ru zh
     python examples/benchmarks/sentence_similarity.py --name word2vec --vectors_file word2vec.npz --data_dir stsb_multi
 
-Nothing here sees a rating but the measure itself. `count` knows how often tokens occur in the training sentences,
-`calibrated` also what embeddings react to, `distilled` trains on those sentences to give the dense model's vectors.
-Peers are fitted to the table by the same counts and not trained. Files are those of STS-B by language,
-`stsb-LANGUAGE-SPLIT.csv.gz`: two sentences and a rating from 0 to 5, no header. `--leave_out` keeps languages from
-training sentences but not from the test. Every result goes to `cells.jsonl` at once; run it again to go on.
+Nothing here sees a rating but the measure itself. `count` knows how often tokens occur in the training sentences, and
+so does `fixed`, with one code length for all; `calibrated` knows also what embeddings react to; `distilled` trains on
+those sentences to give the dense model's vectors. Peers are fitted to the table by the same counts and not trained.
+Files are those of STS-B by language, `stsb-LANGUAGE-SPLIT.csv.gz`: two sentences and a rating from 0 to 5, no header.
+`--leave_out` keeps languages from training sentences but not from the test. Every result goes to `cells.jsonl` at once;
+run it again to go on.
 """
 
 import copy
@@ -24,14 +25,14 @@ from pathlib import Path
 import torch
 from cells import Cells, Key, method_version, open_cells
 from comparison import parse
-from methods import OWN_SIZE, install, stored_bytes
+from methods import OWN_SIZE, install, our_config, stored_bytes
 from peers import Peer
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
 from static_vectors import read_vectors, word_tokenizer
 from tokenizers import pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import set_seed
@@ -43,7 +44,7 @@ from hf_adacomp.integration.tables import transformers_models
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # examples/ is no package
 from distill import distill  # found through the line above
 
-OURS = ("count", "calibrated", "distilled")
+OURS = ("fixed", "count", "calibrated", "distilled")
 METHODS = ("dense", "int8", "int4", "svd", "pq", "trim", *OURS)
 
 
@@ -117,10 +118,15 @@ def scores(
     return {"similarity": similarity, "cosine": cosine}
 
 
+def token_table(model: SentenceTransformer) -> nn.Embedding:
+    """The dense table, also of a static model."""
+    inner = static_model(model) or transformers_models(model)[0]
+    return inner.get_input_embeddings()
+
+
 def count(model: SentenceTransformer, texts: list[str]) -> Tensor:
     """Occurrences of each token in the texts, (V,)."""
-    inner = static_model(model) or transformers_models(model)[0]
-    counts = torch.zeros(inner.get_input_embeddings().num_embeddings, dtype=torch.int64)
+    counts = torch.zeros(token_table(model).num_embeddings, dtype=torch.int64)
     prompt = model.prompts.get(model.default_prompt_name, "")
     for ids in tokenizer_of(model)([prompt + text for text in texts])["input_ids"]:
         counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=len(counts))
@@ -155,8 +161,12 @@ def cell(
     if method in OURS:
         set_seed(0)
         fractions = {"select_fraction": 0.0} if method == "distilled" else {}
-        compress(model, AdaCompConfig(target_ratio=ratio, **fractions), counts if method == "count" else None)
-        if method != "count":
+        config = AdaCompConfig(target_ratio=ratio, **fractions)
+        if method == "fixed":
+            config = our_config("fixed", token_table(model), ratio, seed=0)
+        counted = method in ("fixed", "count")
+        compress(model, config, counts if counted else None)
+        if not counted:
             calibrate(model, texts)
         if method == "distilled":
             settings = SentenceTransformerTrainingArguments(

@@ -159,14 +159,6 @@ def test_lengths_that_follow_labels_are_told(example, tmp_path):
     assert told[2:] == ["| task | 80 | lengths not learned | 1 | 0.34 | 1e-09 | 700 |"]
 
 
-def test_readme_is_filled_between_its_markers(example, tmp_path):
-    report = example("report")
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n" + "\nold\n".join(report.MARKERS) + "\nb\n", encoding="utf-8")
-    report.fill_readme(readme, "new")
-    assert readme.read_text(encoding="utf-8") == "a\n" + "\nnew\n".join(report.MARKERS) + "\nb\n"
-
-
 def test_unknown_names_are_refused(example):
     accuracy = example("accuracy")
     with pytest.raises(ValueError, match=r"unknown methods \['leraned'\]"):

@@ -1,0 +1,121 @@
+"""The README's table and picture, from the stored results of all benchmarks.
+
+    python examples/benchmarks/overview.py --readme README.md
+
+fills what stands between marker lines and draws `overview.png`. In the first table each row is a token table and a size,
+each figure what is lost under the dense one: points of test accuracy, mean over the tasks, or of Spearman's
+correlation x 100, mean over the languages. The second table is that of `deployment.py`, shortened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cells import Cells, Key
+from deployment import FORMS, TIMES
+from methods import PEERS, TITLES, base
+from pictures import drop_by_size
+from report import summarize
+from transformers import HfArgumentParser
+
+MARKS = ("overview", "deployment")
+"""Of the README's two tables: each stands between `<!-- MARK -->` and `<!-- end of MARK -->`."""
+
+WORDS = "word vectors, five tasks"
+ENCODER = "all-MiniLM-L6-v2, four tasks"
+SENTENCES = "multilingual-e5-small, six languages, no labels"
+LINES = ("learned", "learned:select_fraction=0", "count", "fixed", "pq")
+"""Of the picture."""
+
+
+@dataclass
+class OverviewArguments:
+    results: str = field(
+        default=str(Path(__file__).parent), metadata={"help": "Folder of the benchmarks' folders of results."}
+    )
+    readme: str | None = field(default=None, metadata={"help": "Put the table between the markers of this file."})
+    ratios: list[float] = field(default_factory=lambda: [80.0, 120.0, 200.0, 300.0], metadata={"help": "Rows."})
+
+
+def accuracy_rows(title: str, summary: dict, ratios: list[float]) -> list[str]:
+    """Rows of a summary of the accuracy benchmark: ours, one length, the best peer."""
+    lines = []
+    for ratio in ratios:
+        drops = {row["method"]: row["mean_drop"] for row in summary["rows"] if row["ratio"] == ratio}
+        lines += _row(title, ratio, drops, "learned")
+    return lines
+
+
+def similarity_rows(title: str, cells: Cells, task: str) -> list[str]:
+    """Rows of the benchmark of sentence similarity."""
+    dense = _mean(cells[Key(task, "dense", None, 0)])
+    lines = []
+    for ratio in sorted({key.ratio for key in cells if key.task == task and key.ratio is not None}):
+        found = [key for key in cells if key.task == task and key.ratio == ratio]
+        lines += _row(title, ratio, {key.method: dense - _mean(cells[key]) for key in found}, "calibrated")
+    return lines
+
+
+def _mean(cell: dict) -> float:
+    return sum(cell["similarity"].values()) / len(cell["similarity"])
+
+
+def _row(title: str, ratio: float, drops: dict[str, float | None], ours: str) -> list[str]:
+    """One line, or none where a figure is missing: the table has no holes."""
+    peers = {method: drop for method, drop in drops.items() if base(method) in PEERS and drop is not None}
+    wanted = [drops.get(ours), drops.get("fixed")]
+    if not peers or None in wanted:
+        return []
+    best = min(peers, key=lambda method: peers[method])
+    shown = " | ".join(f"{drop:.2f}" for drop in wanted)
+    return [f"| {title} | {ratio:g} | {shown} | {peers[best]:.2f} ({TITLES.get(best, best)}) |"]
+
+
+def table(folder: Path, ratios: list[float]) -> str:
+    """Markdown."""
+    lines = ["| token table | times smaller | default | one code length | best other method |", "|---|---|---|---|---|"]
+    for title, name in ((WORDS, "word_vector_results"), (ENCODER, "results")):
+        lines += accuracy_rows(title, summarize(Cells(folder / name / "cells.jsonl")), ratios)
+    sentences = Cells(folder / "sentence_results" / "cells.jsonl")
+    return "\n".join(lines + similarity_rows(SENTENCES, sentences, "e5-small"))
+
+
+def deployment_table(folder: Path) -> str:
+    """Markdown: what a form of a model takes on a device, and what it is worth."""
+    cells = Cells(folder / "deployment_results" / "cells.jsonl")
+    models = list(dict.fromkeys(key.task for key in cells))
+    lines = [f"| layers | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+    for form, (_, title) in FORMS.items():
+        shown = []
+        for model in models:
+            cell = next(cells[key] for key in cells if key[:2] == (model, form))
+            times = next(cells[key] for key in cells if key[:2] == (model, TIMES))["milliseconds"]
+            sizes = f"{cell['bytes'] / 1e6:.1f} / {cell['peak_onnxruntime'] / 1e6:.0f}"
+            shown.append(f"{sizes} / {times[form]:.1f} / {_mean(cell):.2f}")
+        lines.append(f"| {title} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def fill_readme(readme: Path, mark: str, text: str) -> None:
+    """Put `text` between the two lines of a mark."""
+    first, last = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
+    before, rest = readme.read_text(encoding="utf-8").split(first)
+    readme.write_text(f"{before}{first}{text}\n{last}{rest.split(last)[1]}", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> dict[str, str]:
+    (args,) = HfArgumentParser(OverviewArguments).parse_args_into_dataclasses(arguments)
+    folder = Path(args.results)
+    texts = dict(zip(MARKS, (table(folder, args.ratios), deployment_table(folder)), strict=True))
+    print(*texts.values(), sep="\n\n")
+    summary = summarize(Cells(folder / "word_vector_results" / "cells.jsonl"))
+    drop_by_size(summary, LINES, "Word vectors, mean of five tasks", folder / "word_vector_results" / "overview.png")
+    if args.readme is not None:
+        for mark, text in texts.items():
+            fill_readme(Path(args.readme), mark, text)
+    return texts
+
+
+if __name__ == "__main__":
+    main()
