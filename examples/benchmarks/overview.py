@@ -2,8 +2,8 @@
 
     python examples/benchmarks/overview.py --readme README.md
 
-fills what stands between marker lines and draws `overview.png`. In the first table each row is a token table and a size,
-each figure what is lost under the dense one: points of test accuracy, mean over the tasks, or of Spearman's
+fills what stands between marker lines and draws `overview.png`. In the first table each row is a token table and a
+size, each figure what is lost under the dense one: points of test accuracy, mean over the tasks, or of Spearman's
 correlation x 100, mean over the languages. The second table is that of `deployment.py`, shortened.
 """
 
