@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_adacomp import export_onnx
-from hf_adacomp.export.decoding import DecodingStep, graph_of
+from hf_adacomp.export.generation import GenerationStep, graph_of
 from hf_adacomp.export.graph import Graph
 from hf_adacomp.export.onnx_file import write_graph
 from hf_adacomp.saved_models import load_model
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> dict:
     model = load_model(args.model_name_or_path)
     export_onnx(model, file)
     graph = graph_of(model)
-    if isinstance(graph, DecodingStep):
+    if isinstance(graph, GenerationStep):
         raise ValueError(f"{args.model_name_or_path} generates: this script measures models of whole texts")
     ours = session(file, args.threads)
     stored = sum(part.stat().st_size for part in Path(args.model_name_or_path).glob("*.safetensors"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..integration.sentence import is_sentence_model
 from ..integration.tables import compressed_embeddings, num_tokens, transformers_models
-from .tables import for_graph
+from .graph_tables import for_graph
 
 Inputs = tuple[tuple[Tensor, ...], tuple[Any, ...]]
 """Tensors for `forward`, and their axes that may have any size, by names that the Hub's ONNX models have."""

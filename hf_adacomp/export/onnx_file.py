@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..integration.sentence import is_sentence_model, tokenizer_of
 from ..integration.tables import require_compressed
-from .decoding import graph_of
+from .generation import graph_of
 from .graph import Graph
 
 NAMES = {None: "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}

@@ -8,7 +8,7 @@ from conftest import VOCABULARY
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
-from hf_adacomp.export.tables import GraphCodes, NibbleBook, for_graph
+from hf_adacomp.export.graph_tables import GraphCodes, NibbleBook, for_graph
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 

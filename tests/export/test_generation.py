@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_adacomp import AdaCompConfig, compress, export_onnx, pack
-from hf_adacomp.export.decoding import DecodingStep, graph_of
+from hf_adacomp.export.generation import GenerationStep, graph_of
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -57,7 +57,7 @@ def test_steps_generate_what_the_model_generates(model, tmp_path):
     mask[0, :2] = 0
     settings = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False, "output_logits": True}
     wanted = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
-    past = [np.zeros((2, shape[1], 0, shape[3]), dtype=np.float32) for shape in DecodingStep(model).shapes]
+    past = [np.zeros((2, shape[1], 0, shape[3]), dtype=np.float32) for shape in GenerationStep(model).shapes]
     positions, new = (mask.cumsum(1) - 1).clamp(min=0), ids
     for step in range(6):
         tokens = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
@@ -71,6 +71,6 @@ def test_steps_generate_what_the_model_generates(model, tmp_path):
 
 
 def test_a_step_is_of_models_that_generate(bert):
-    assert not isinstance(graph_of(bert), DecodingStep)
+    assert not isinstance(graph_of(bert), GenerationStep)
     with pytest.raises(ValueError, match=r"MambaForCausalLM keeps a \w+ of the tokens before, not keys and values"):
         graph_of(MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1)))

@@ -14,7 +14,7 @@ from ..integration.tables import transformers_models
 from .graph import Graph, Inputs
 
 
-class DecodingStep(Graph):
+class GenerationStep(Graph):
     """A model that generates as a function `(ids, mask, positions, keys and values) -> (logits, keys and values)`.
 
     Inputs are `input_ids` and, if the model takes them, `position_ids` (B, T), `attention_mask` (B, P + T), and
@@ -82,7 +82,7 @@ def _tensors(cache: DynamicCache) -> list[Tensor]:
 
 
 def graph_of(model: Any) -> Graph:
-    """What is exported of a model: a `DecodingStep` if it generates, else a `Graph`."""
+    """What is exported of a model: a `GenerationStep` if it generates, else a `Graph`."""
     inner = transformers_models(model)[0]
     steps = not is_sentence_model(model) and not inner.config.is_encoder_decoder and inner.can_generate()
-    return DecodingStep(model) if steps else Graph(model)
+    return GenerationStep(model) if steps else Graph(model)
