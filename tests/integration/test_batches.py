@@ -23,8 +23,8 @@ def test_texts_of_like_length_are_batched(model):
 
 
 def test_logits_of_a_vocabulary_make_batches_small(model):
-    assert len(text_batches(model, TEXTS * 8, word_tokenizer())) == 1
-    assert len(text_batches(BertForMaskedLM(model.config), TEXTS * 8, word_tokenizer())) == 8
+    assert len(text_batches(model, TEXTS * 4, word_tokenizer())) == 1
+    assert len(text_batches(BertForMaskedLM(model.config), TEXTS * 4, word_tokenizer())) == 4
 
 
 def test_long_texts_are_cut(model):
