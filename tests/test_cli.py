@@ -1,11 +1,12 @@
 import gzip
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, word_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_adacomp import AdaptiveCompressedEmbedding
@@ -68,7 +69,12 @@ def test_compress_calibrates_and_reports(toy_model, tmp_path, capsys, kind):
     printed = capsys.readouterr().out
     # Ten texts are held out; the others have four words and two special tokens each.
     assert "90 texts hold 540 tokens, 93 of 204 different ones" in printed
-    assert "answers to 10 held-out texts: mean 0.9" in printed
+    tokens = word_tokenizer()(texts[::10], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        dense = AutoModelForSequenceClassification.from_pretrained(toy_model).eval()(**tokens).logits
+        cosine = torch.cosine_similarity(dense, model.eval()(**tokens).logits).mean()
+    told = re.search(r"answers to 10 held-out texts: mean (-?\d\.\d{4})", printed)
+    assert float(told[1]) == pytest.approx(float(cosine), abs=2e-3)
     assert "ratio" in printed
 
 
