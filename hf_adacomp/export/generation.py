@@ -41,11 +41,10 @@ class GenerationStep(Graph):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Values of `outputs` from those of `inputs`."""
-        given = dict(zip(self.inputs, tensors, strict=True))
-        past, cache = tensors[-len(self.shapes) :], DynamicCache()
+        split, cache = len(tensors) - len(self.shapes), DynamicCache()
+        tokens, past = dict(zip(self.inputs[:split], tensors[:split], strict=True)), tensors[split:]
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        tokens = {name: tensor for name, tensor in given.items() if not name.startswith("past")}
         found = self.inner(**tokens, **{self.cache_name: cache}, use_cache=True)
         return (found["logits"], *_tensors(cache))
 
