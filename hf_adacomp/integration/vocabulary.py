@@ -21,6 +21,9 @@ Model = TypeVar("Model", bound=Any)
 LOGITS_BIAS = "final_logits_bias"
 """Of shape (1, V), of Bart and its kin."""
 
+STARTS = 32
+"""Descents from which a given vector takes the nearest code: one alone may end no nearer than the mean vector."""
+
 
 def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> Model:
     """Append `num_tokens` tokens to the packed table of `model`, in place, and to its output head; returns `model`.
@@ -208,17 +211,16 @@ def _resized(rows: Tensor, kept: Tensor, total: int) -> Tensor:
 
 def _codes_for(embedding: AdaptiveCompressedEmbedding, num_tokens: int, vectors: Tensor | None) -> Tensor:
     """Centred bits (N, L) of new tokens with these vectors, as the embedding returns them, or near the mean."""
-    book = embedding.codebook
-    if vectors is None:
-        vectors = _mean_vector(embedding).expand(num_tokens, -1)
-    elif vectors.shape != (num_tokens, embedding.embedding_dim) or not vectors.isfinite().all():
+    book, seed = embedding.codebook, embedding.config.seed
+    if vectors is None:  # one start, for codes that differ
+        return nearest_codes(book, _mean_vector(embedding).expand(num_tokens, -1), seed)
+    if vectors.shape != (num_tokens, embedding.embedding_dim) or not vectors.isfinite().all():
         raise ValueError(
             f"vectors must be finite numbers of shape ({num_tokens}, {embedding.embedding_dim}); got shape "
             f"{tuple(vectors.shape)}"
         )
-    else:
-        vectors = vectors.detach().to(book.bias.device, torch.float32) / embedding.scale
-    return nearest_codes(book, vectors, embedding.config.seed)
+    vectors = vectors.detach().to(book.bias.device, torch.float32) / embedding.scale
+    return nearest_codes(book, vectors, seed, STARTS)
 
 
 @torch.no_grad()
@@ -232,10 +234,17 @@ def _mean_vector(embedding: AdaptiveCompressedEmbedding) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_codes(book: BinaryCodebook, targets: Tensor, seed: int) -> Tensor:
-    """Codes whose vectors are close to targets, (N, d), each from a random start: centred bits (N, L)."""
+def nearest_codes(book: BinaryCodebook, targets: Tensor, seed: int, starts: int = 1) -> Tensor:
+    """Codes whose vectors are close to targets, (N, d), the nearest of random starts: centred bits (N, L)."""
     generator = torch.Generator().manual_seed(seed)
     stored = book.stored()
     vectors, bias = stored.vectors.float(), stored.bias.float()
-    start = torch.randint(0, 2, (len(targets), book.length), generator=generator).to(vectors) - 0.5
-    return nearest_bits(targets.to(vectors), vectors, bias, start=start)
+    targets = targets.to(vectors)
+    nearest, least = vectors.new_empty(len(targets), book.length), vectors.new_full((len(targets),), torch.inf)
+    for _ in range(starts):
+        start = torch.randint(0, 2, nearest.shape, generator=generator).to(vectors) - 0.5
+        codes = nearest_bits(targets, vectors, bias, start=start)
+        error = (torch.addmm(bias, codes, vectors) - targets).square().sum(dim=1)
+        nearest[error < least] = codes[error < least]
+        least = torch.minimum(least, error)
+    return nearest

@@ -7,7 +7,7 @@ from architectures import TIED, UNTIED
 from conftest import LENGTHS, VOCABULARY, close, same_state
 
 from hf_adacomp import AdaCompConfig, add_tokens, compress, keep_tokens, pack
-from hf_adacomp.integration.vocabulary import nearest_codes
+from hf_adacomp.integration.vocabulary import STARTS, nearest_codes
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -158,6 +158,19 @@ def test_new_tokens_start_at_given_vectors(name, counts):
     add_tokens(model, 3, vectors=pieces)
     new = table(torch.arange(VOCABULARY, VOCABULARY + 3))
     assert ((new - pieces).norm(dim=1) < 0.7 * (mean - pieces).norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_given_vector_takes_the_nearest_of_several_descents(counts, seed):
+    """Some of which end no nearer than the mean vector."""
+    table = packed("gemma3", counts, seed=seed).get_input_embeddings()
+    wanted = table(torch.arange(5, 15)).unflatten(0, (5, 2)).mean(1)
+    one, several = (
+        table.codebook.stored().decode(nearest_codes(table.codebook, wanted, seed, starts)) for starts in (1, STARTS)
+    )
+    mean = table(torch.arange(VOCABULARY)).mean(0)
+    assert ((several - wanted).norm(dim=1) <= (one - wanted).norm(dim=1) + 1e-6).all()
+    assert ((several - wanted).norm(dim=1) < 0.9 * (mean - wanted).norm(dim=1)).all()
 
 
 def test_vectors_of_another_shape_are_quoted(packed_bert):
