@@ -83,7 +83,7 @@ def rows(file: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int) 
     ids: list[int] = []
     start = tokenizer.bos_token_id
     for text in read_texts(Path(file)):
-        ids += tokenizer(text + "\\n", add_special_tokens=False)["input_ids"]
+        ids += tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
         if len(ids) >= most * (length - 1):
             break
     cut = torch.tensor(ids[: len(ids) // (length - 1) * (length - 1)]).view(-1, length - 1)[:most]
@@ -162,7 +162,7 @@ def table(cells: Cells, name: str) -> str:
         shown = [f"{found[part] / unit:{form}}" if part in found else "" for part, (unit, form) in forms.items()]
         shown = [ratio, key.method, *shown]
         lines.append(f"| {' | '.join(shown)} |")
-    return "\\n".join(lines)
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> Cells:

@@ -52,7 +52,9 @@ METHODS = ("dense", "int8", "int4", "svd", "pq", "trim", *OURS)
 class SimilarityArguments:
     data_dir: str = field(metadata={"help": "Folder of stsb-LANGUAGE-SPLIT.csv.gz."})
     name: str = field(metadata={"help": "What cells call the model."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "An encoder, pooled by the mean."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "An encoder, pooled by the mean, or a folder of sentence-transformers."}
+    )
     vectors_file: str | None = field(default=None, metadata={"help": "Or word vectors: npz of `words` and `vectors`."})
     prompt: str = field(default="", metadata={"help": "What the encoder wants before every text."})
     languages: list[str] = field(default_factory=lambda: ["en"], metadata={"help": "Of the test."})
@@ -82,7 +84,7 @@ def training_texts(args: SimilarityArguments) -> list[str]:
 
 
 def load_model(args: SimilarityArguments) -> SentenceTransformer:
-    """The dense sentence encoder, pooled by the mean, with vectors of unit length."""
+    """The dense sentence encoder; by default pooled by the mean, with vectors of unit length."""
     if args.vectors_file is not None:
         words, vectors = read_vectors(args.vectors_file)
         tokenizer = word_tokenizer(words).backend_tokenizer
@@ -90,6 +92,8 @@ def load_model(args: SimilarityArguments) -> SentenceTransformer:
         special = torch.zeros(tokenizer.get_vocab_size() - len(words), vectors.shape[1])
         modules = [StaticEmbedding(tokenizer, torch.cat([special, vectors])), Normalize()]
         return SentenceTransformer(modules=modules, device="cpu")
+    if Path(args.model_name_or_path, "modules.json").exists():
+        return SentenceTransformer(args.model_name_or_path, device="cpu")
     transformer = Transformer(args.model_name_or_path)
     pooling = Pooling(transformers_models(transformer)[0].config.hidden_size, "mean")
     prompts = {"prompts": {"query": args.prompt}, "default_prompt_name": "query"} if args.prompt else {}

@@ -121,18 +121,26 @@ def test_paired_difference_has_the_interval_of_its_texts(example):
     assert module.paired_difference({0: better}, {1: worse}) is None
 
 
-def test_whole_benchmark_on_a_toy_task(example, toy_model, write_tsv, tmp_path, monkeypatch, capsys):
-    accuracy, tasks = example("accuracy"), example("tasks")
-    monkeypatch.setattr(example("peers").Compositional, "STEPS", 50)
+@pytest.fixture
+def toy_task(example, toy_model, write_tsv, tmp_path, monkeypatch):
+    """What a command is given to work on a toy task."""
     write_tsv(tmp_path / "train.tsv", 200, seed=0)
     write_tsv(tmp_path / "test.tsv", 60, seed=1)
     description = {"kind": "text_classification", "epochs": 2, "further_epochs": 1, "learning_rate": 5e-3}
     description |= {"train_file": "train.tsv", "test_file": "test.tsv", "column_names": ["label", "text"]}
     description |= {"label_prefix_separator": ":"}
     (tmp_path / "tasks.json").write_text(json.dumps({"toy": description}), encoding="utf-8")
-    monkeypatch.setattr(tasks, "ModelArguments", lambda: example("classification").ModelArguments(str(toy_model)))
-    given = ["--data_dir", str(tmp_path), "--tasks_file", str(tmp_path / "tasks.json"), "--ratios", "8", "--seeds", "0"]
-    given += ["--output_dir", str(tmp_path / "results"), "--model_dir", str(tmp_path / "models")]
+    monkeypatch.setattr(
+        example("tasks"), "ModelArguments", lambda: example("classification").ModelArguments(str(toy_model))
+    )
+    given = ["--data_dir", str(tmp_path), "--tasks_file", str(tmp_path / "tasks.json"), "--ratios", "8"]
+    return [*given, "--output_dir", str(tmp_path / "results"), "--model_dir", str(tmp_path / "models")]
+
+
+def test_whole_benchmark_on_a_toy_task(example, toy_task, tmp_path, monkeypatch, capsys):
+    accuracy = example("accuracy")
+    monkeypatch.setattr(example("peers").Compositional, "STEPS", 50)
+    given = [*toy_task, "--seeds", "0"]
     methods = ["dense", "int8", "uniform", "svd", "learned", "count", "fixed"]
     summary = accuracy.main([*given, "--methods", *methods])
     rows = {row["method"]: row["tasks"]["toy"] for row in summary["rows"]}
@@ -148,6 +156,15 @@ def test_whole_benchmark_on_a_toy_task(example, toy_model, write_tsv, tmp_path, 
     monkeypatch.setattr(accuracy.Run, "cell", lambda *_: pytest.fail("a finished cell was run again"))
     assert accuracy.main([*given, "--methods", *methods]) == summary
     assert [path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")] == started
+
+
+def test_selection_learns_the_same_of_the_same_seed(example, toy_task, capsys):
+    found = example("seed_agreement").main([*toy_task, "--seeds", "0", "0", "1"])
+    same, *others = found["toy", "learned", 8.0]
+    assert same > 0.999
+    assert others[0] == pytest.approx(others[1], abs=1e-3)
+    assert -1 < others[0] < 0.99
+    assert "toy, learned, 8x: rank correlation of two seeds 1.00," in capsys.readouterr().out
 
 
 def test_lengths_that_follow_labels_are_told(example, tmp_path):

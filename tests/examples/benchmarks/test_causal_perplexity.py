@@ -29,6 +29,6 @@ def test_every_row(example, tmp_path, capsys, monkeypatch):
     assert found["calibrated"]["file_bytes"] < found["dense"]["file_bytes"]
     assert found["trained"]["tokens_a_second"] > 0
     printed = capsys.readouterr().out
-    assert "| 8 | calibrated |" in printed
+    assert "\n| 8 | calibrated |" in printed
     monkeypatch.setattr(module, "cell", lambda *_: pytest.fail("a finished cell was run again"))
     module.main(words)
