@@ -159,12 +159,13 @@ def test_whole_benchmark_on_a_toy_task(example, toy_task, tmp_path, monkeypatch,
 
 
 def test_selection_learns_the_same_of_the_same_seed(example, toy_task, capsys):
-    found = example("seed_agreement").main([*toy_task, "--seeds", "0", "0", "1"])
-    same, *others = found["toy", "learned", 8.0]
+    method = "learned:code_lengths=[4, 16, 64];select_fraction=0.8"
+    found = example("seed_agreement").main([*toy_task, "--methods", method, "--seeds", "0", "0", "1"])
+    same, *others = found["toy", method, 8.0]
     assert same > 0.999
     assert others[0] == pytest.approx(others[1], abs=1e-3)
     assert -1 < others[0] < 0.99
-    assert "toy, learned, 8x: rank correlation of two seeds 1.00," in capsys.readouterr().out
+    assert "8x: rank correlation of two seeds 1.00," in capsys.readouterr().out
 
 
 def test_lengths_that_follow_labels_are_told(example, tmp_path):
