@@ -245,6 +245,7 @@ def nearest_codes(book: BinaryCodebook, targets: Tensor, seed: int, starts: int 
         start = torch.randint(0, 2, nearest.shape, generator=generator).to(vectors) - 0.5
         codes = nearest_bits(targets, vectors, bias, start=start)
         error = (torch.addmm(bias, codes, vectors) - targets).square().sum(dim=1)
-        nearest[error < least] = codes[error < least]
+        nearer = error <= least  # also where errors overflow
+        nearest[nearer] = codes[nearer]
         least = torch.minimum(least, error)
     return nearest
