@@ -112,11 +112,16 @@ class Run:
         lengths = model.get_input_embeddings().code_lengths()
         if self.task.kind != "text-classification" or len(lengths.unique()) == 1:
             return {}
-        ordinary = counts >= LEAST_COUNT
-        ordinary[self.task.tokenizer.all_special_ids] = False
+        ordinary = self.ordinary(counts)
         information = torch.from_numpy(label_information(self.task, len(counts)))
         chosen = (values[ordinary].numpy() for values in (lengths, information, counts))
         return {"label_information": correlation_at_equal_count(*chosen)}
+
+    def ordinary(self, counts: Tensor) -> Tensor:
+        """Which tokens are words that are seen often enough to say anything of, (V,)."""
+        ordinary = counts >= LEAST_COUNT
+        ordinary[self.task.tokenizer.all_special_ids] = False
+        return ordinary
 
     def trainer(self, model: PreTrainedModel, epochs: float, learning_rate: float) -> Trainer:
         settings = TrainingArguments(

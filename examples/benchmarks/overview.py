@@ -55,12 +55,8 @@ def similarity_rows(title: str, cells: Cells, task: str) -> list[str]:
     lines = []
     for ratio in sorted({key.ratio for key in cells if key.task == task and key.ratio is not None}):
         found = [key for key in cells if key.task == task and key.ratio == ratio]
-        lines += _row(
-            title,
-            ratio,
-            {key.method: dense - _mean(cells[key]) for key in found},
-            ("calibrated", "calibrated", "fixed"),
-        )
+        drops = {key.method: dense - _mean(cells[key]) for key in found}
+        lines += _row(title, ratio, drops, ("calibrated", "calibrated", "fixed"))
     return lines
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from accuracy import BenchmarkArguments, Run
 from comparison import parse
-from information import LEAST_COUNT
 from methods import install
 from scipy.stats import spearmanr
 from tasks import read_tasks
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_adacomp import AdaCompCallback
+from hf_adacomp.lengths.selector import LengthSelector
 
 
 @dataclass
@@ -32,15 +32,19 @@ class AgreementArguments(BenchmarkArguments):
 
 
 class LearnedSlopes(TrainerCallback):
-    """Keeps what selection has learned so far, (V,): how much more each token wants a longer code."""
+    """Keeps the selector, which packing drops, for what it has learned: how much more a token wants a longer code."""
 
-    slopes: Tensor
+    selector: LengthSelector
 
     def on_step_end(self, args, state, control, model, **_):
         training = model.get_input_embeddings().training_state
-        if training is not None and training.phase != "observe":
-            lengths = torch.tensor(training.selector.ladder, dtype=torch.float32)
-            self.slopes = training.selector.offset.detach() @ (lengths - lengths.mean())
+        if training is not None:
+            self.selector = training.selector
+
+    def slopes(self) -> Tensor:
+        """Of all tokens, (V,)."""
+        lengths = torch.tensor(self.selector.ladder, dtype=torch.float32)
+        return self.selector.offset.detach() @ (lengths - lengths.mean())
 
 
 def learned_slopes(run: Run, method: str, ratio: float) -> tuple[Tensor, Tensor]:
@@ -53,9 +57,7 @@ def learned_slopes(run: Run, method: str, ratio: float) -> tuple[Tensor, Tensor]
     for callback in (AdaCompCallback(), kept):
         trainer.add_callback(callback)
     trainer.train()
-    ordinary = counts >= LEAST_COUNT
-    ordinary[run.task.tokenizer.all_special_ids] = False
-    return kept.slopes, ordinary
+    return kept.slopes(), run.ordinary(counts)
 
 
 def main(arguments: list[str] | None = None) -> dict[tuple[str, str, float], list[float]]:
