@@ -55,7 +55,7 @@ class GenerationStep(Graph):
         tokens = [ids, torch.ones(texts, before + new, dtype=torch.int64)]
         if "position_ids" in self.inputs:
             tokens.append(before + torch.arange(new).repeat(texts, 1))
-        past = [torch.zeros(texts, heads, before, width) for _, heads, _, width in self.shapes]
+        past = [torch.zeros(texts, heads, before, width, dtype=torch.float32) for _, heads, _, width in self.shapes]
         axes = [{0: "batch_size", 1: "sequence_length"} for _ in tokens]
         axes[1] = {0: "batch_size", 1: "total_sequence_length"}
         axes += [{0: "batch_size", 2: "past_sequence_length"} for _ in past]

@@ -32,7 +32,8 @@ def with_ladder_for(source: Tensor, config: AdaCompConfig, token_counts: Tensor 
             'code_lengths="auto" follow from the values of the table, which the meta device does not hold: give '
             "code_lengths, or compress the model once its weights are loaded"
         )
-    counts = torch.zeros(len(source)) if token_counts is None else checked_counts(token_counts, len(source))
+    nothing = torch.zeros(len(source), dtype=torch.int64)
+    counts = nothing if token_counts is None else checked_counts(token_counts, len(source))
     return config.with_ladder(choose_ladder(source, counts, config))
 
 
@@ -53,14 +54,14 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
     """
     num_tokens, dim = source.shape
     counts = token_counts if token_counts.any() else typical_counts(num_tokens)
-    weights = fit_weights(token_weights(counts.to(source.device) + 0.5))
+    weights = fit_weights(token_weights(counts.to(source.device, torch.float32) + 0.5))
     rows = slice(None, None, -(-num_tokens // SPECTRUM_ROWS))
     mean, _, variances = principal_axes(source[rows].detach().to(torch.float32), weights[rows])
     variances = variances.cpu()
     ladders = _ladders(dim)
     energies = torch.cat([(block.float() - mean).square().sum(1) for block in source.detach().split(SPECTRUM_ROWS)])
     costs = (weights * energies).sort().values.cpu()
-    costs = costs[torch.linspace(0, num_tokens - 1, min(num_tokens, SAMPLED_TOKENS)).long()]
+    costs = costs[torch.linspace(0, num_tokens - 1, min(num_tokens, SAMPLED_TOKENS), dtype=torch.float32).long()]
     share = {
         length: binary_code_distortion(variances, length) / variances.sum().clamp_min(1e-30)
         for length in {length for ladder in ladders for length in ladder}

@@ -46,7 +46,7 @@ def expected_counts(counts: Tensor, source: Tensor) -> Tensor:
     if not counts.any():
         return smoothing
     vectors = source.detach().to(torch.float32)
-    place = torch.arange(1, len(source) + 1, device=source.device).log()[:, None]
+    place = torch.arange(1, len(source) + 1, device=source.device, dtype=torch.float32).log()[:, None]
     unseen = counts == 0
     for rates in (_rates(counts, vectors, place), _rates(counts, place)):
         smoothing += 0.25 * (rates / (rates[unseen] if unseen.any() else rates).mean() - 1)
@@ -61,7 +61,7 @@ def _rates(counts: Tensor, *features: Tensor) -> Tensor:
     x = (x - mean) / unit
     target = counts[sample].to(torch.float32).clamp_max(LARGEST_COUNT)
     base = target.mean().clamp_min(1e-9).log()
-    slope = torch.zeros(x.shape[1], device=x.device, requires_grad=True)
+    slope = torch.zeros(x.shape[1], device=x.device, dtype=x.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([slope], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:

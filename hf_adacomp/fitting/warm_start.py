@@ -199,11 +199,13 @@ def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook
     refine the directions that earlier ones left the largest errors in.
     """
     left = x @ _root(metric).to(x)  # where the metric is the Euclidean one
-    bits = torch.empty(len(x), book.length, device=x.device)
+    bits = torch.empty(len(x), book.length, device=x.device, dtype=x.dtype)
     for stage in bits.split(STAGE, dim=1):
         mean, axes, _ = principal_axes(left, weights)
         rank = min(stage.shape[1], x.shape[1])
-        rotation = torch.linalg.qr(torch.randn(stage.shape[1], rank, generator=generator))[0].to(x.device)
+        rotation = torch.linalg.qr(torch.randn(stage.shape[1], rank, generator=generator, dtype=torch.float32))[0].to(
+            x.device
+        )
         directions = axes[:, :rank] @ rotation.T
         stage.copy_(left @ directions > mean @ directions).sub_(0.5)
         signs, rows, parts = (each.split(book.block) for each in (stage, left, weights))

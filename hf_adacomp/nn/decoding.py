@@ -58,20 +58,25 @@ class Decoder:
         """All vectors, (V, d), without gradients."""
         bias = self.book.bias
         table = bias.new_empty(self.num_tokens, len(bias))
-        for block in self._blocks():  # in place: one copy of the table, not two
+        for block in self.blocks():  # in place: one copy of the table, not two
             table[block] = self.vectors(block)
         return table
 
     @torch.enable_grad()
-    def gradients(self, gradient: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """From the gradient at all vectors, (V, d), those of parameters; None for what takes no part."""
-        totals: list[Tensor | None] = [None] * len(parameters)
-        learning = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
-        for block in self._blocks():
+    def gradients(
+        self, inputs: Sequence[Tensor], outputs: Callable[[Tensor], Tensor], gradients: Callable[[Tensor], Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of inputs from those of outputs, both of a block of tokens; None for inputs that take no part.
+
+        Outputs are made anew, block by block: nothing of a forward pass is kept.
+        """
+        totals: list[Tensor | None] = [None] * len(inputs)
+        learning = [i for i, parameter in enumerate(inputs) if parameter.requires_grad]
+        for block in self.blocks():
             found = torch.autograd.grad(
-                self.vectors(block),
-                [parameters[i] for i in learning],
-                gradient[block],
+                outputs(block),
+                [inputs[i] for i in learning],
+                gradients(block),
                 retain_graph=True,  # the code-book is made once for all blocks
                 allow_unused=True,
             )
@@ -80,7 +85,8 @@ class Decoder:
                 totals[i] = total if part is None else part if total is None else total + part
         return totals
 
-    def _blocks(self) -> tuple[Tensor, ...]:
+    def blocks(self) -> tuple[Tensor, ...]:
+        """All tokens, in blocks whose vectors and codes bound the memory."""
         bias = self.book.bias
         tokens = torch.arange(self.num_tokens, device=bias.device)
         blocks: tuple[Tensor, ...] = tokens.split(max(1, BITS_PER_BLOCK // max(len(bias), len(self.book.vectors))))
@@ -107,7 +113,7 @@ class Decoder:
         return vectors
 
     def _held(self, tokens: Tensor, vectors: Tensor) -> Tensor:
-        if self.padding is None or not vectors.requires_grad:
+        if self.padding is None or not (vectors.requires_grad or compat.is_traced()):
             return vectors
         return torch.where(tokens.eq(self.padding)[:, None], vectors.detach(), vectors)
 

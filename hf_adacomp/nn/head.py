@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..codes.bits import NO_BYTE, centred_bits, whole_bytes
@@ -17,8 +18,39 @@ from .sharing import Borrower, Place
 BITS_PER_BLOCK = 1 << 22
 """Bits of the codes that the head unpacks at once (as float32: 16 MB)."""
 
-KEPT_BITS = 1 << 26
-"""Bits that a training step keeps for the way back (twice, as float32: 0.5 GB); beyond, blocks are computed anew."""
+
+def scores(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of some tokens but for the bias of the head, (..., d), (N,) -> (..., N)."""
+    return F.linear(hidden, decoder.vectors(tokens).to(hidden.dtype))
+
+
+class Scores(torch.autograd.Function):
+    """`scores` of all tokens, whose blocks are made anew on the way back.
+
+    All are written into one tensor: kept one by one, between what was made for them and freed, they would keep the
+    heap of the C library from giving any of that back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decoder: Decoder, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.decoder, ctx.parameters = decoder, parameters
+        ctx.save_for_backward(hidden)
+        logits = hidden.new_empty(*hidden.shape[:-1], decoder.num_tokens)
+        with torch.set_grad_enabled(any(ctx.needs_input_grad)):  # what the decoder makes once, it makes for both ways
+            for block in decoder.blocks():
+                logits[..., block] = scores(decoder, hidden, block).detach()
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # in which the gradients of blocks are summed
+        summed = hidden.detach().to(exact).requires_grad_(ctx.needs_input_grad[1])
+        return None, *ctx.decoder.gradients(
+            [summed, *ctx.parameters],
+            lambda block: scores(ctx.decoder, summed.to(hidden.dtype), block),
+            lambda block: gradient[0][..., block],
+        )
 
 
 class CompressedHead(Borrower):
@@ -30,7 +62,7 @@ class CompressedHead(Borrower):
     a code are looked up byte by byte (asymmetric distance computation; Jegou, Douze, Schmid 2011). From d positions
     on it is cheaper to decode the vectors of a block of tokens for all of them. The dense table is never made: codes
     are unpacked in blocks of `BITS_PER_BLOCK` bits, 16 MB as float32, which together with one reordered copy of the
-    logits is all the memory that the head takes. Training keeps up to `KEPT_BITS` bits for the way back.
+    logits is all the memory that the head takes.
 
     While lengths are learned a token's vector is the Gumbel-softmax mixture of all lengths, as in the embedding.
 
@@ -60,8 +92,9 @@ class CompressedHead(Borrower):
         decoder = self.embedding.decoder()
         if isinstance(decoder, SourceVectors):
             return decoder.score(hidden)
-        # Bits have gradients while they are learned.
-        return self._many(decoder, hidden) if self.training else self._scored(decoder, hidden)
+        if self.training:  # bits have gradients while they are learned
+            return self._many(decoder, hidden)
+        return self._scored(decoder, hidden)
 
     def _scored(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         # An exported graph serves any number of positions.
@@ -71,19 +104,14 @@ class CompressedHead(Borrower):
             return self._few(decoder, hidden)
 
     def _many(self, decoder: Decoder, hidden: Tensor) -> Tensor:
-        def product(tokens: Tensor) -> Tensor:
-            return F.linear(hidden, decoder.vectors(tokens).to(hidden.dtype))
-
-        tokens = torch.arange(self.out_features, device=hidden.device)
-        bits = sum(self.embedding.config.ladder)
-        keep = self.out_features * bits <= KEPT_BITS or compat.is_traced() or not torch.is_grad_enabled()
-        return torch.cat(
-            [
-                product(block) if keep else checkpoint(product, block, use_reentrant=False)
-                for block in tokens.split(max(1, BITS_PER_BLOCK // bits))
-            ],
-            dim=-1,
+        if compat.is_traced():
+            return torch.cat([scores(decoder, hidden, block) for block in decoder.blocks()], dim=-1)
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        logits: Tensor = Scores.apply(  # type: ignore[no-untyped-call]  # torch's
+            decoder, hidden.to(dtype), *self.embedding.parameters()
         )
+        return logits
 
     def _few(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()

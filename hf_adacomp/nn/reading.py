@@ -146,7 +146,7 @@ class ReadableTable(WeightFromCodes):
         if isinstance(decoder, SourceVectors):
             decoder.state.observation.note_table(gradient)
             return [None for _ in self.parameters()]
-        return decoder.gradients(gradient, [*self.parameters()])
+        return decoder.gradients([*self.parameters()], decoder.vectors, lambda block: gradient[block])
 
     def _state_now(self) -> tuple[Any, ...]:
         return self.training, compat.state_of(chain(self.parameters(), self.buffers()))

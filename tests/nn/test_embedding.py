@@ -335,3 +335,18 @@ def test_learns_on_any_device(config, counts, given, device):
     assert {tensor.device for tensor in table.state_dict().values()} == {source.weight.device}
     vectors = table(torch.arange(VOCABULARY, device=device)).cpu()
     assert torch.allclose(table.cpu()(torch.arange(VOCABULARY)), vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_fit_does_not_hang_on_the_default_dtype(counts, dtype):
+    """Scripts set it to build models in half precision."""
+    source = nn.Embedding(VOCABULARY, 32)
+    expected = AdaptiveCompressedEmbedding.from_embedding(source, AdaCompConfig(target_ratio=10), counts)
+    torch.set_default_dtype(dtype)
+    try:
+        found = AdaptiveCompressedEmbedding.from_embedding(source, AdaCompConfig(target_ratio=10), counts)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.config == expected.config
+    assert torch.equal(found.code_lengths(), expected.code_lengths())
+    assert torch.allclose(found.eval().weight + 0, expected.eval().weight + 0, atol=1e-5)
