@@ -17,9 +17,9 @@ def table(counts) -> AdaptiveCompressedEmbedding:
     return AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32, padding_idx=0), config, counts)
 
 
-@pytest.fixture(params=[3, 20], ids=["few_positions", "many_positions"])
+@pytest.fixture(params=[(1, 1), (2, 3), (2, 20)], ids=["one_position", "few_positions", "many_positions"])
 def hidden(request) -> torch.Tensor:
-    return torch.randn(2, request.param, 32, requires_grad=True)
+    return torch.randn(*request.param, 32, requires_grad=True)
 
 
 @pytest.mark.parametrize("phase", ["select", "encode", "packed"])
