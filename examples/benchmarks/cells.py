@@ -25,6 +25,9 @@ STAMPED = ("learned", "count", "fixed", "calibrated", "distilled", "trained")
 ROOMS = ("codes", "lengths", "fitting", "nn")
 """Of the package: what decides on a result, beside the settings."""
 
+VERSIONS = Path(__file__).with_name("versions.json")
+"""Versions of the method that make the same results as an earlier one, which they go by."""
+
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
@@ -112,6 +115,13 @@ def score_items(scores: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def method_version() -> str:
+    """The version of the method that results of now are of: of the first code that makes them, see `remake.py`."""
+    version = code_version()
+    known = json.loads(VERSIONS.read_text(encoding="utf-8"))
+    return known[version]["same_as"] if version in known else version
+
+
+def code_version() -> str:
     """Twelve digits that change with the code of the method: settings, codes, lengths, fits, modules.
 
     They do not change with comments and docstrings, which decide on no result.

@@ -168,6 +168,36 @@ def test_selection_learns_the_same_of_the_same_seed(example, toy_task, capsys):
     assert "8x: rank correlation of two seeds 1.00," in capsys.readouterr().out
 
 
+def test_code_that_makes_the_same_results_goes_by_the_same_version(example, toy_task, tmp_path, monkeypatch):
+    cells, remake = example("cells"), example("remake")
+    versions = tmp_path / "versions.json"
+    versions.write_text("{}")
+    monkeypatch.setattr(cells, "VERSIONS", versions)
+    monkeypatch.setattr(remake, "VERSIONS", versions)
+    given = [*toy_task, "--seeds", "0", "--methods", "learned", "count"]
+    example("accuracy").main(given)
+    before = cells.method_version()
+    assert remake.main(given) == []
+    assert json.loads(versions.read_text()) == {}  # it is that version
+
+    monkeypatch.setattr(cells, "code_version", lambda: "after")
+    monkeypatch.setattr(remake, "code_version", lambda: "after")
+    assert cells.method_version() == "after"
+    assert remake.main(given) == []
+    assert json.loads(versions.read_text())["after"] == {
+        "same_as": before,
+        "shown_by": ["toy learned 8.0 0", "toy count 8.0 0"],
+    }
+    assert cells.method_version() == before
+
+    monkeypatch.setattr(remake, "code_version", lambda: "otherwise")
+    monkeypatch.setattr(example("accuracy").Run, "cell", lambda *_: {"ratio": 9.0})
+    assert any("toy learned 8.0 0: ratio is 9.0, stored is" in text for text in remake.main(given))
+    assert "otherwise" not in json.loads(versions.read_text())
+    with pytest.raises(ValueError, match="no cell of learned, count, fixed among those asked for"):
+        remake.main([*toy_task, "--methods", "dense"])
+
+
 def test_lengths_that_follow_labels_are_told(example, tmp_path):
     module = example("cells")
     cells = module.Cells(tmp_path / "cells.jsonl")
@@ -194,7 +224,7 @@ def test_version_changes_with_code_but_not_with_comments(example, tmp_path, monk
 
     def version(code: str) -> str:
         (tmp_path / "codes" / "bits.py").write_text(code)
-        return cells.method_version()
+        return cells.code_version()
 
     first = version('"""Bits."""\n\ndef bits(x):\n    """Of x."""\n    return x > 0  # as floats\n')
     assert version("def bits(x):\n    return (x > 0)\n") == first
