@@ -64,11 +64,16 @@ class Decoder:
 
     @torch.enable_grad()
     def gradients(
-        self, inputs: Sequence[Tensor], outputs: Callable[[Tensor], Tensor], gradients: Callable[[Tensor], Tensor]
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Callable[[Tensor], Tensor],
+        gradients: Callable[[Tensor], Tensor],
+        create_graph: bool,
     ) -> list[Tensor | None]:
         """Gradients of inputs from those of outputs, both of a block of tokens; None for inputs that take no part.
 
-        Outputs are made anew, block by block: nothing of a forward pass is kept.
+        Outputs are made anew, block by block: nothing of a forward pass is kept. With `create_graph` what is found has
+        gradients itself, as for `torch.autograd.grad`.
         """
         totals: list[Tensor | None] = [None] * len(inputs)
         learning = [i for i, parameter in enumerate(inputs) if parameter.requires_grad]
@@ -78,6 +83,7 @@ class Decoder:
                 [inputs[i] for i in learning],
                 gradients(block),
                 retain_graph=True,  # the code-book is made once for all blocks
+                create_graph=create_graph,
                 allow_unused=True,
             )
             for i, part in zip(learning, found, strict=True):

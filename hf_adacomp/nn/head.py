@@ -45,12 +45,13 @@ class Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # in which the gradients of blocks are summed
-        summed = hidden.detach().to(exact).requires_grad_(ctx.needs_input_grad[1])
+        with torch.enable_grad():
+            exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # in which blocks are summed
         return None, *ctx.decoder.gradients(
-            [summed, *ctx.parameters],
-            lambda block: scores(ctx.decoder, summed.to(hidden.dtype), block),
+            [exact, *ctx.parameters],
+            lambda block: scores(ctx.decoder, exact.to(hidden.dtype), block),
             lambda block: gradient[0][..., block],
+            create_graph=torch.is_grad_enabled(),
         )
 
 

@@ -50,6 +50,23 @@ def test_gradients_are_those_of_the_dense_product(table, hidden, blocks, monkeyp
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours, dense, strict=True))
 
 
+@pytest.mark.parametrize("read", ["head", "weight"])
+def test_second_derivatives_are_those_of_the_dense_product(table, hidden, read, monkeypatch):
+    """As a gradient penalty needs them."""
+    monkeypatch.setattr("hf_adacomp.nn.decoding.BITS_PER_BLOCK", VOCABULARY * LENGTHS[-1] // 7)
+    table.step(0.9)
+    table.train()
+    inputs = [hidden, table.codebook.weight, table.codebook.bias]
+
+    def of_penalty(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        gradients = torch.autograd.grad(logits.pow(3).mean(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), inputs)
+
+    ours = of_penalty(CompressedHead(table)(hidden) if read == "head" else hidden @ table.weight.T)
+    expected = of_penalty(hidden @ table(torch.arange(VOCABULARY)).T)
+    assert all((a - b).norm() < 1e-3 * b.norm() for a, b in zip(ours, expected, strict=True))
+
+
 @pytest.mark.parametrize("phase", ["select", "encode"])
 def test_training_keeps_hidden_states_alone(table, hidden, phase):
     """Neither vectors nor bits of the vocabulary wait for the way back: Gemma's would take 24 GB."""
