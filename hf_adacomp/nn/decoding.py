@@ -62,28 +62,29 @@ class Decoder:
             table[block] = self.vectors(block)
         return table
 
-    @torch.enable_grad()
     def gradients(
-        self,
-        inputs: Sequence[Tensor],
-        outputs: Callable[[Tensor], Tensor],
-        gradients: Callable[[Tensor], Tensor],
-        create_graph: bool,
+        self, parameters: Sequence[Tensor], at_vectors: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor | None]:
-        """Gradients of inputs from those of outputs, both of a block of tokens; None for inputs that take no part.
+        """Gradients of parameters for a backward pass, to which nothing was kept; None for what takes no part.
 
-        Outputs are made anew, block by block: nothing of a forward pass is kept. With `create_graph` what is found has
-        gradients itself, as for `torch.autograd.grad`.
+        Args:
+            parameters: Of the table.
+            at_vectors: From a block of tokens (N,) and their vectors (N, d), the gradient at these (N, d).
         """
-        totals: list[Tensor | None] = [None] * len(inputs)
-        learning = [i for i, parameter in enumerate(inputs) if parameter.requires_grad]
+        totals: list[Tensor | None] = [None] * len(parameters)
+        learning = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
         for block in self.blocks():
+            with torch.enable_grad():
+                vectors = self.vectors(block)
+            gradient = at_vectors(block, vectors)
+            if not learning:
+                continue
             found = torch.autograd.grad(
-                outputs(block),
-                [inputs[i] for i in learning],
-                gradients(block),
+                vectors,
+                [parameters[i] for i in learning],
+                gradient,
                 retain_graph=True,  # the code-book is made once for all blocks
-                create_graph=create_graph,
+                create_graph=torch.is_grad_enabled(),  # so it is where what is found shall have gradients itself
                 allow_unused=True,
             )
             for i, part in zip(learning, found, strict=True):

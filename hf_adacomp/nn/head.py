@@ -43,16 +43,19 @@ class Scores(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
-        with torch.enable_grad():
-            exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # in which blocks are summed
-        return None, *ctx.decoder.gradients(
-            [exact, *ctx.parameters],
-            lambda block: scores(ctx.decoder, exact.to(hidden.dtype), block),
-            lambda block: gradient[0][..., block],
-            create_graph=torch.is_grad_enabled(),
-        )
+        rows, gradient = hidden.flatten(0, -2), gradients[0].flatten(0, -2)
+        to_rows = torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+
+        def at_vectors(block: Tensor, vectors: Tensor) -> Tensor:
+            part = gradient[:, block]
+            to_rows.add_(part @ vectors.to(part.dtype))
+            to_vectors: Tensor = part.T @ rows
+            return to_vectors.to(vectors.dtype)
+
+        found = ctx.decoder.gradients(ctx.parameters, at_vectors)
+        return None, to_rows.to(hidden.dtype).view(hidden.shape), *found
 
 
 class CompressedHead(Borrower):

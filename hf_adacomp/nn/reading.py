@@ -141,13 +141,12 @@ class ReadableTable(WeightFromCodes):
     def weight_gradients(self, gradient: Tensor) -> list[Tensor | None]:
         """From the gradient at all vectors, (V, d), those of `parameters()`."""
         self.reached = True
-        create_graph = torch.is_grad_enabled()  # a backward pass asks, which has gradients if they are to have some
-        with torch.enable_grad():
+        with torch.enable_grad():  # a backward pass asks, which has none
             decoder = self.decoder()
         if isinstance(decoder, SourceVectors):
             decoder.state.observation.note_table(gradient)
             return [None for _ in self.parameters()]
-        return decoder.gradients([*self.parameters()], decoder.vectors, lambda block: gradient[block], create_graph)
+        return decoder.gradients([*self.parameters()], lambda block, _: gradient[block])
 
     def _state_now(self) -> tuple[Any, ...]:
         return self.training, compat.state_of(chain(self.parameters(), self.buffers()))

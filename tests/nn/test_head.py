@@ -50,6 +50,32 @@ def test_gradients_are_those_of_the_dense_product(table, hidden, blocks, monkeyp
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours, dense, strict=True))
 
 
+def test_gradients_of_a_table_that_is_tied_come_once_from_each_end(table, monkeypatch):
+    """Hidden states hang on the code-book, too, through the look-up."""
+    monkeypatch.setattr("hf_adacomp.nn.decoding.BITS_PER_BLOCK", VOCABULARY * LENGTHS[-1] // 7)
+    table.step(0.9)
+    table.train()
+    weights = torch.randn(3, VOCABULARY)
+    inputs = [table.codebook.weight, table.codebook.bias]
+    ours, expected = (
+        torch.autograd.grad((logits * weights).sum(), inputs)
+        for logits in (
+            CompressedHead(table)(table(torch.arange(3))),
+            table(torch.arange(3)) @ table(torch.arange(VOCABULARY)).T,
+        )
+    )
+    assert all((a - b).norm() < 1e-3 * b.norm() for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_adapters_train_before_a_packed_head(table, hidden, trains):
+    table.pack()
+    table.train().requires_grad_(trains)
+    (found,) = torch.autograd.grad(CompressedHead(table)(hidden).square().sum(), hidden)
+    vectors = table.to_embedding().weight
+    assert torch.allclose(found, 2 * hidden @ vectors.T @ vectors, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("read", ["head", "weight"])
 def test_second_derivatives_are_those_of_the_dense_product(table, hidden, read, monkeypatch):
     """As a gradient penalty needs them."""
