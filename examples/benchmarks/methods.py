@@ -26,9 +26,12 @@ PEERS = ("uniform", "pq", "opq", "lsh", "itq", "svd", "compositional", "trim")
 OWN_SIZE = {"dense": 1.0, "int8": 4.0, "int4": 8.0}
 """Methods whose size is what it is, and about which: they run once, not once a ratio."""
 
+NOT_LEARNED = "learned:select_fraction=0"
+"""The default but for selection: lengths follow from counts and the metric."""
+
 TITLES = {
     "learned": "default",
-    "learned:select_fraction=0": "lengths not learned",
+    NOT_LEARNED: "lengths not learned",
     "count": "lengths by count",
     "fixed": "one length",
     "pq": "product quantization",

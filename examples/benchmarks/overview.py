@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cells import Cells, Key
 from deployment import FORMS, TIMES
-from methods import PEERS, TITLES, base
+from methods import NOT_LEARNED, PEERS, TITLES, base
 from pictures import drop_by_size
 from report import summarize
 from transformers import HfArgumentParser
@@ -26,7 +26,6 @@ MARKS = ("overview", "deployment")
 WORDS = "word vectors, five tasks"
 ENCODER = "all-MiniLM-L6-v2, four tasks"
 SENTENCES = "multilingual-e5-small, six languages, no labels"
-NOT_LEARNED = "learned:select_fraction=0"
 LINES = ("learned", NOT_LEARNED, "count", "fixed", "pq")
 """Of the picture."""
 
@@ -37,7 +36,7 @@ class OverviewArguments:
         default=str(Path(__file__).parent), metadata={"help": "Folder of the benchmarks' folders of results."}
     )
     readme: str | None = field(default=None, metadata={"help": "Put the table between the markers of this file."})
-    ratios: list[float] = field(default_factory=lambda: [80.0, 120.0, 200.0, 300.0], metadata={"help": "Rows."})
+    ratios: list[float] = field(default_factory=lambda: [60.0, 80.0, 120.0, 200.0, 300.0], metadata={"help": "Rows."})
 
 
 def accuracy_rows(title: str, summary: dict, ratios: list[float]) -> list[str]:

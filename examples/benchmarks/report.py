@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from cells import Cells, mean_and_deviation, paired_difference
-from methods import METHODS, OWN_SIZE, TITLES, base
+from methods import METHODS, NOT_LEARNED, OWN_SIZE, TITLES, base
 from pictures import accuracy_by_size
 from transformers import HfArgumentParser
 
@@ -25,7 +25,7 @@ def summarize(cells: Cells) -> dict:
     comparisons = [
         {"task": task, "ratio": ratio, "ours": "learned", "theirs": theirs, "points": points, "interval": interval}
         for ratio in sorted({ratio for _, ratio in forms if ratio})
-        for theirs in (*METHODS, "learned:select_fraction=0")
+        for theirs in (*METHODS, NOT_LEARNED)
         for task in tasks
         if theirs != "learned"
         for points, *interval in [_compare(cells, task, ratio, theirs)]

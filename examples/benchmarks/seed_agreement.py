@@ -14,13 +14,11 @@ from pathlib import Path
 import torch
 from accuracy import BenchmarkArguments, Run
 from comparison import parse
-from methods import install
 from scipy.stats import spearmanr
 from tasks import read_tasks
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_adacomp import AdaCompCallback
 from hf_adacomp.lengths.selector import LengthSelector
 
 
@@ -49,13 +47,9 @@ class LearnedSlopes(TrainerCallback):
 
 def learned_slopes(run: Run, method: str, ratio: float) -> tuple[Tensor, Tensor]:
     """Slopes of all tokens after selection, (V,), and which were seen often enough."""
-    model = run.model_class.from_pretrained(run.folder)
-    counts = run.task.token_counts(model.get_input_embeddings().num_embeddings)
-    install(method, model, ratio, counts, run.seed)
-    trainer = run.trainer(model, run.settings.further_epochs, run.settings.further_learning_rate)
-    kept = LearnedSlopes()
-    for callback in (AdaCompCallback(), kept):
-        trainer.add_callback(callback)
+    model, counts = run.start(method, ratio)
+    trainer, kept = run.further_trainer(model, method), LearnedSlopes()
+    trainer.add_callback(kept)
     trainer.train()
     return kept.slopes(), run.ordinary(counts)
 
