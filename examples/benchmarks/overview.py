@@ -23,8 +23,13 @@ from transformers import HfArgumentParser
 MARKS = ("overview", "deployment")
 """Of the README's two tables: each stands between `<!-- MARK -->` and `<!-- end of MARK -->`."""
 
-WORDS = "word vectors, five tasks"
-ENCODER = "all-MiniLM-L6-v2, four tasks"
+ACCURACIES = {
+    "word_vector_results": "word2vec's vectors, five tasks",
+    "spacy_vector_results": "spaCy's vectors, two tasks",
+    "results": "all-MiniLM-L6-v2, four tasks",
+}
+"""Folders of the accuracy benchmark, and what rows call them."""
+
 SENTENCES = "multilingual-e5-small, six languages, no labels"
 LINES = ("learned", NOT_LEARNED, "count", "fixed", "pq")
 """Of the picture."""
@@ -78,7 +83,7 @@ def table(folder: Path, ratios: list[float]) -> str:
     """Markdown."""
     columns = ("token table", "times smaller", "default", "lengths not learned", "one length", "best other method")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for title, name in ((WORDS, "word_vector_results"), (ENCODER, "results")):
+    for name, title in ACCURACIES.items():
         lines += accuracy_rows(title, summarize(Cells(folder / name / "cells.jsonl")), ratios)
     sentences = Cells(folder / "sentence_results" / "cells.jsonl")
     return "\n".join(lines + similarity_rows(SENTENCES, sentences, "e5-small"))

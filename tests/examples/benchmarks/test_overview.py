@@ -22,7 +22,7 @@ def results(example, tmp_path):
         either = {"test": {"accuracy": 90 - drop, **split}, "validation": {"accuracy": 90 - drop, **split}}
         add(folder, (task, method, ratio, 0), {"ratio": ratio or 1.0, "version": "1", **either})
 
-    for folder in ("results", "word_vector_results"):
+    for folder in ("results", "spacy_vector_results", "word_vector_results"):
         for task in ("a", "b"):
             accuracy(folder, task, "dense", None, 0)
             ours = {"learned": 0.1, "learned:select_fraction=0": 0.3, "fixed": 2, "count": 1}
@@ -43,8 +43,7 @@ def test_rows_without_holes(example, results):
     texts = example("overview").main(["--results", str(results)])
     rows = [line.split(" | ")[1:] for line in texts["overview"].splitlines()[2:]]
     assert rows == [  # no 120x: of a method or a task it has none
-        ["80", "0.60", "0.80", "2.50", "3.50 (product quantization) |"],
-        ["80", "0.60", "0.80", "2.50", "3.50 (product quantization) |"],
+        *3 * [["80", "0.60", "0.80", "2.50", "3.50 (product quantization) |"]],
         ["40", "1.00", "1.00", "2.00", "10.00 (product quantization) |"],
     ]
     lines = texts["deployment"].splitlines()
