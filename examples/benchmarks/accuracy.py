@@ -13,13 +13,14 @@ Settings were chosen on validation splits; test splits are read to report.
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from cells import Cells, Key, label_scores, method_version, score_items
 from comparison import Task, parse
-from information import LEAST_COUNT, correlation_at_equal_count, label_information
+from information import correlation_at_equal_count, label_information, ordinary_tokens
 from methods import METHODS, OURS, OWN_SIZE, OutOfReachError, base, install, stored_bytes
 from peers import Peer
 from report import write_report
@@ -129,16 +130,9 @@ class Run:
         lengths = model.get_input_embeddings().code_lengths()
         if self.task.kind != "text-classification" or len(lengths.unique()) == 1:
             return {}
-        ordinary = self.ordinary(counts)
-        information = torch.from_numpy(label_information(self.task, len(counts)))
-        chosen = (values[ordinary].numpy() for values in (lengths, information, counts))
-        return {"label_information": correlation_at_equal_count(*chosen)}
-
-    def ordinary(self, counts: Tensor) -> Tensor:
-        """Which tokens are words that are seen often enough to say anything of, (V,)."""
-        ordinary = counts >= LEAST_COUNT
-        ordinary[self.task.tokenizer.all_special_ids] = False
-        return ordinary
+        values = lengths.numpy(), label_information(self.task, len(counts)), counts.numpy()
+        ordinary = ordinary_tokens(self.task, counts.numpy())
+        return {"label_information": correlation_at_equal_count(*(each[ordinary] for each in values))}
 
     def trainer(self, model: PreTrainedModel, epochs: float, learning_rate: float) -> Trainer:
         settings = TrainingArguments(
@@ -182,6 +176,19 @@ def keys(args: BenchmarkArguments, tasks: dict[str, BenchmarkTask]) -> list[Key]
     return chosen
 
 
+def make_cells(
+    wanted: list[Key], tasks: dict[str, BenchmarkTask], args: BenchmarkArguments
+) -> Iterator[tuple[Key, dict]]:
+    """Cell after cell; neighbours of one task and seed share its data and its dense model."""
+    run, current = None, None
+    with tqdm(wanted, desc="Cells") as progress:
+        for key in progress:
+            progress.set_postfix_str(" ".join(str(part) for part in key if part is not None))
+            if (key.task, key.seed) != current:
+                run, current = Run(key.task, tasks[key.task], key.seed, args), (key.task, key.seed)
+            yield key, run.cell(key.method, key.ratio)
+
+
 def main(arguments: list[str] | None = None) -> dict:
     (args,) = parse((BenchmarkArguments,), arguments)
     tasks = read_tasks(Path(args.tasks_file), Path(args.data_dir))
@@ -192,13 +199,8 @@ def main(arguments: list[str] | None = None) -> dict:
     cells = Cells(folder / "cells.jsonl")
     cells.refuse_mixture(*[method_version() for method in args.methods if base(method) in OURS])
     missing = [key for key in keys(args, tasks) if key not in cells]
-    run, current = None, None
-    with tqdm(missing, desc="Cells") as progress:
-        for key in progress:
-            progress.set_postfix_str(" ".join(str(part) for part in key if part is not None))
-            if (key.task, key.seed) != current:
-                run, current = Run(key.task, tasks[key.task], key.seed, args), (key.task, key.seed)
-            cells.add(key, run.cell(key.method, key.ratio))
+    for key, cell in make_cells(missing, tasks, args):
+        cells.add(key, cell)
     return write_report(cells, folder)
 
 

@@ -25,6 +25,11 @@ def label_information(task: Task, num_tokens: int) -> np.ndarray:
     return information
 
 
+def ordinary_tokens(task: Task, counts: np.ndarray) -> np.ndarray:
+    """Which tokens are words that are seen often enough to say anything of, (V,)."""
+    return (counts >= LEAST_COUNT) & ~np.isin(np.arange(len(counts)), task.tokenizer.all_special_ids)
+
+
 def correlation_at_equal_count(lengths: np.ndarray, information: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     """Partial Spearman correlation of length and information, log count (to its third power) held fixed."""
     log_count = np.log(counts)

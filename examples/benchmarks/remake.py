@@ -13,19 +13,17 @@ on one machine only: make them anew where they were made.
 import json
 from pathlib import Path
 
-from accuracy import BenchmarkArguments, Run, keys
+from accuracy import BenchmarkArguments, keys, make_cells
 from cells import VERSIONS, Cells, Key, code_version
 from comparison import parse
 from methods import OURS, base
 from tasks import read_tasks
-from tqdm.auto import tqdm
 
 RESULTS = ("ratio", "validation", "test", "label_information")
 
 
-def differences(run: Run, key: Key, stored: dict) -> list[str]:
+def differences(key: Key, found: dict, stored: dict) -> list[str]:
     """What a cell has otherwise when it is made now, in words."""
-    found = run.cell(key.method, key.ratio)
     return [
         f"{' '.join(map(str, key))}: {name} is {found.get(name)}, stored is {stored.get(name)}"
         for name in RESULTS
@@ -42,8 +40,8 @@ def main(arguments: list[str] | None = None) -> list[str]:
     if not chosen:
         raise ValueError(f"{cells.file} has no cell of {', '.join(OURS)} among those asked for: nothing to compare")
     found = []
-    for key in tqdm(chosen, desc="Cells"):
-        found += differences(Run(key.task, tasks[key.task], key.seed, args), key, cells[key])
+    for key, cell in make_cells(chosen, tasks, args):
+        found += differences(key, cell, cells[key])
     (version,) = {cells[key]["version"] for key in chosen}
     print("\n".join(found) or f"{now} makes {len(chosen)} cells of {version} anew, answer for answer")
     if not found and now != version:

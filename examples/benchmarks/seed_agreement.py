@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accuracy import BenchmarkArguments, Run
 from comparison import parse
+from information import ordinary_tokens
 from scipy.stats import spearmanr
 from tasks import read_tasks
 from torch import Tensor
@@ -51,7 +52,7 @@ def learned_slopes(run: Run, method: str, ratio: float) -> tuple[Tensor, Tensor]
     trainer, kept = run.further_trainer(model, method), LearnedSlopes()
     trainer.add_callback(kept)
     trainer.train()
-    return kept.slopes(), run.ordinary(counts)
+    return kept.slopes(), torch.from_numpy(ordinary_tokens(run.task, counts.numpy()))
 
 
 def main(arguments: list[str] | None = None) -> dict[tuple[str, str, float], list[float]]:

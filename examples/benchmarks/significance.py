@@ -24,7 +24,7 @@ import torch
 from classification import ModelArguments, text_classification
 from comparison import CompressionArguments, ShortTrainingArguments, compare, parse
 from damage import shortest_codes, sureness_and_damage
-from information import LEAST_COUNT, correlation_at_equal_count, label_information
+from information import correlation_at_equal_count, label_information, ordinary_tokens
 from labelled_texts import DataTrainingArguments
 from static_vectors import VectorArguments, static_vectors
 from torch.utils.data import DataLoader
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> dict:
     }
     special = torch.tensor(task.tokenizer.all_special_ids)
     measures = {"code_length": lengths.numpy()} | sureness_and_damage(dense, batches, tables, special)
-    ordinary = (seen >= LEAST_COUNT) & ~np.isin(np.arange(len(seen)), special)
+    ordinary = ordinary_tokens(task, seen)
     figures["correlation_with_label_information"] = {}
     print("\nRank correlation with information about the label at equal count")
     for name, values in measures.items():
