@@ -14,6 +14,7 @@ Words, each for one thing:
     metric       a matrix that says how much an error in each direction of a vector costs the task
     significance how much the task depends on a direction (measured for the metric) or on a token (analysed)
     observation  what training shows of a table at its beginning: token counts, and the gradients behind the metric
+    gain         length of a vector of a static model, stored beside its direction
     calibration  the same from texts without labels, where nothing is trained
     warm start   code-book and selection costs fitted to the source by what was observed
     phase        observe: the source is in use; select: lengths are learned; encode: codes are; packed: bits are stored
@@ -40,9 +41,9 @@ from .integration.compression import compress, decompress, pack
 from .integration.methods import set_card_writer as _set_card_writer
 from .integration.quantizer import register as _register
 from .integration.sizes import size_report
-from .integration.static import register as _register_static
 from .integration.vocabulary import add_tokens, keep_tokens
 from .nn.embedding import AdaptiveCompressedEmbedding
+from .nn.static import register as _register_static
 
 if TYPE_CHECKING:
     from .export.onnx_file import export_onnx

@@ -12,7 +12,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import PreTrainedModel
 
-from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, size_report
 from hf_adacomp.fitting.token_counts import expected_counts, token_weights
 
 SLACK = 1.03
@@ -139,7 +139,7 @@ def stored_bytes(model: PreTrainedModel) -> int:
     if isinstance(embedding, Peer):
         return embedding.stored_bytes()
     if isinstance(embedding, AdaptiveCompressedEmbedding):
-        return sum(tensor.nbytes for tensor in embedding.state_dict().values())
+        return size_report(model).total_bytes
     weight = embedding.weight
     if hasattr(weight, "qdata"):  # torchao keeps int4 in int8 in memory; it is counted as it would be exported
         entry = 0.5 if weight.target_dtype == torch.int4 else 1

@@ -203,10 +203,8 @@ def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook
     for stage in bits.split(STAGE, dim=1):
         mean, axes, _ = principal_axes(left, weights)
         rank = min(stage.shape[1], x.shape[1])
-        rotation = torch.linalg.qr(torch.randn(stage.shape[1], rank, generator=generator, dtype=torch.float32))[0].to(
-            x.device
-        )
-        directions = axes[:, :rank] @ rotation.T
+        noise = torch.randn(stage.shape[1], rank, generator=generator, dtype=torch.float32)
+        directions = axes[:, :rank] @ torch.linalg.qr(noise)[0].to(x.device).T
         stage.copy_(left @ directions > mean @ directions).sub_(0.5)
         signs, rows, parts = (each.split(book.block) for each in (stage, left, weights))
         vectors, bias = _least_squares(signs, rows, parts, (stage.shape[1], book.dim))

@@ -42,7 +42,7 @@ def compress(
     Args:
         model: Any `PreTrainedModel` whose token table is an `nn.Embedding` or one of transformers' scaled embeddings,
             or what holds such models, as those of sentence-transformers. A `StaticEmbedding` becomes a transformers
-            model with mean pooling, which gives the same vectors.
+            model with mean pooling, whose table holds directions; lengths of vectors are stored apart, a byte each.
         config: The settings.
         token_counts: Occurrences of each token in the training data, (V,), or such counts by module name of the
             table. If given, the warm start runs now; if not, `AdaCompCallback` counts the training data.
@@ -64,6 +64,8 @@ def compress(
             "For another module, put AdaptiveCompressedEmbedding.from_embedding(module.embedding, config) in the place "
             "of its nn.Embedding"
         )
+    if static is not None:
+        config = static.separate_gains(config)
     for i, one in enumerate(inner):
         try:
             _compress(one, config, token_counts, include, exclude)

@@ -59,8 +59,8 @@ def refuse_quantized_in_memory(model: PreTrainedModel) -> None:
             )
 
 
-def refuse_missing(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
-    """Raise ValueError unless a table was loaded whole."""
+def refuse_missing(name: str, embedding: nn.Module) -> None:
+    """Raise ValueError unless a table, or a static model, was loaded whole."""
     if any(tensor.is_meta for _, tensor in _stored(embedding)):
         raise ValueError(
             f"the device_map offloads the compressed table {name!r}, which is not supported: it is small, so keep it "
@@ -72,7 +72,7 @@ def refuse_missing(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
 
 
-def _stored(embedding: AdaptiveCompressedEmbedding) -> list[tuple[str, Tensor]]:
+def _stored(embedding: nn.Module) -> list[tuple[str, Tensor]]:
     names = embedding.state_dict().keys()
     tensors = chain(embedding.named_parameters(), embedding.named_buffers())
     return [(name, tensor) for name, tensor in tensors if name in names]

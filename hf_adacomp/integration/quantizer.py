@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from .. import compat
 from ..config import QUANT_METHOD, AdaCompConfig
 from ..nn.bag import Bag
+from ..nn.static import StaticModel
 from .checkpoint import check_stored, check_tables, stored_tensors
 from .integrity import (
     check_values,
@@ -89,6 +90,8 @@ class AdaCompHfQuantizer(HfQuantizer):
             compare_checksums(name, embedding, self._checksums.pop(embedding))
             embedding.loading = False
             embedding.train(embedding.training)
+        if isinstance(model, StaticModel):  # whose gains stand beside the table
+            refuse_missing(model.base_model_prefix, model)
         give_methods(model)
         keep_from_broadcasts(model)
         return model

@@ -1,7 +1,7 @@
 """Models of sentence-transformers: what a `SentenceTransformer` holds, and what it saves.
 
-Its `StaticEmbedding` becomes a `StaticModel` with mean pooling, which gives the same vectors and is saved and loaded by
-stock classes.
+Its `StaticEmbedding` becomes a `StaticModel` with mean pooling, which gives the same vectors up to the rounding of
+their lengths, and is saved and loaded by stock classes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..nn.static import StaticConfig, StaticModel
 from .methods import bind, describe
-from .static import StaticConfig, StaticModel
 from .tables import transformers_models
 
 MODULES = ("sentence_transformers.sentence_transformer.modules", "sentence_transformers.models")
@@ -79,7 +79,9 @@ def put_static_embedding(model: Any) -> None:
     inner = [*transformers_models(model)]
     if not inner or not isinstance(inner[0], StaticModel):
         return
-    weight = inner[0].embed_tokens.weight.detach()
+    with torch.no_grad():
+        tokens = torch.arange(inner[0].config.vocab_size, device=inner[0].device)
+        weight = inner[0](tokens[None]).last_hidden_state[0]
     static = _classes().StaticEmbedding(model.tokenizer.backend_tokenizer, embedding_weights=weight)
     _set_modules(model, [static.train(model.training), *[*model][2:]])
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..codes.bits import group_bytes, index_bits, packed_bytes
+from ..nn.static import StaticModel
 from .tables import require_compressed, transformers_models, untied_heads
 
 
@@ -14,7 +15,8 @@ class SizeReport:
     """Stored bytes of the compressed tables of a model, by part; `print` shows a table.
 
     `dense_bytes` is the float32 table that they replace. All other figures are what a file holds. `head_bytes` is what
-    output heads take that shared the table before and now keep weights of their own (`head="dense"`).
+    output heads take that shared the table before and now keep weights of their own (`head="dense"`), `gains_bytes`
+    what the lengths of a static model's vectors take.
     """
 
     num_tokens: int
@@ -24,16 +26,18 @@ class SizeReport:
     codebook_bytes: int
     tokens_per_length: dict[int, int]
     head_bytes: int = 0
+    gains_bytes: int = 0
 
     @property
     def stored(self) -> dict[str, int]:
         """Bytes of everything that is stored, by what it is."""
         parts = {"codes": self.codes_bytes, "code lengths": self.lengths_bytes, "code-books": self.codebook_bytes}
-        return {**parts, "untied output head": self.head_bytes} if self.head_bytes else parts
+        further = {"untied output head": self.head_bytes, "lengths of vectors": self.gains_bytes}
+        return parts | {name: size for name, size in further.items() if size}
 
     @property
     def total_bytes(self) -> int:
-        """Codes, lengths, code-books and untied heads."""
+        """Codes, lengths, code-books, untied heads and gains."""
         return sum(self.stored.values())
 
     @property
@@ -100,4 +104,5 @@ def size_report(model: Any, settled: bool = False) -> SizeReport:
         head_bytes=sum(
             head.weight.nbytes for inner in transformers_models(model) for head in untied_heads(inner).values()
         ),
+        gains_bytes=sum(inner.gain_bytes for inner in transformers_models(model) if isinstance(inner, StaticModel)),
     )

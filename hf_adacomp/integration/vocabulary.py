@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .. import compat
@@ -14,6 +15,7 @@ from ..codes.codebook import BinaryCodebook
 from ..codes.descent import nearest_bits
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
+from ..nn.static import StaticModel
 from .tables import compressed_heads, compressed_model, model_parts, require_compressed, token_tables
 
 Model = TypeVar("Model", bound=Any)
@@ -56,10 +58,14 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     if vectors is not None and len(tables) > 1:
         raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
     before = tables[0].num_embeddings
-    codes = None if vectors is None else _codes_for(tables[0], num_tokens, vectors)
+    static = inner if isinstance(inner, StaticModel) and inner.config.gains else None
+    targets = vectors if static is None or vectors is None else F.normalize(vectors, dim=-1)
+    codes = None if targets is None else _codes_for(tables[0], num_tokens, targets)
     inner.resize_token_embeddings(before + num_tokens)
     if codes is not None:
         tables[0].resize(torch.arange(before, device=codes.device), codes)
+    if vectors is not None and static is not None:
+        static.store_gains(torch.cat([static.gain(torch.arange(before)), vectors.norm(dim=-1).to(inner.device)]))
     return model
 
 
@@ -167,6 +173,8 @@ def _resize(
             _replace(model, parameter, kept, total)
     if output in heads:
         model.set_output_embeddings(output)  # models have further places for its bias
+    if isinstance(model, StaticModel) and model.config.gains:
+        model.store_gains(_resized(model.gain(torch.arange(before)), kept, total))
     logits_bias: Tensor | None = getattr(model, LOGITS_BIAS, None)
     if logits_bias is not None:
         model.register_buffer(LOGITS_BIAS, _resized(logits_bias.T, kept, total).T)

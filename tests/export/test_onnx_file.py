@@ -94,8 +94,9 @@ def test_static_embeddings(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, torch.randn(201, 32))], device="cpu")
     pack(compress(model, settings(), 100 // torch.arange(1, 202)))
-    found = run(export_onnx(model, tmp_path / "m.onnx"), padded(model))
-    assert np.allclose(found["sentence_embedding"], model.encode(TEXTS), atol=1e-5)
+    for quantize in (None, "int8", "int4"):  # there is nothing to quantize
+        found = run(export_onnx(model, tmp_path / "m.onnx", quantize=quantize), padded(model))
+        assert np.allclose(found["sentence_embedding"], model.encode(TEXTS), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [BertForSequenceClassification, BertForMaskedLM])
