@@ -167,7 +167,10 @@ def cell(
         fractions = {"select_fraction": 0.0} if method == "distilled" else {}
         config = AdaCompConfig(target_ratio=ratio, **fractions)
         if method == "fixed":
-            config = our_config("fixed", token_table(model), ratio, seed=0)
+            static = static_model(model)  # which has gains beside its codes
+            left = config if static is None else static.separate_gains(config)
+            config = our_config("fixed", token_table(model), left.target_ratio, seed=0)
+            config.target_ratio = ratio
         counted = method in ("fixed", "count")
         compress(model, config, counts if counted else None)
         if not counted:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import AdaCompConfig
+from ..nn.static import StaticModel
 from .quantizer import AdaCompHfQuantizer, attach, detach, refuse_quantized
 from .sentence import give_methods, put_static_embedding, put_static_model, static_model, take_methods
 from .surgery import install, take_out
@@ -65,7 +66,9 @@ def compress(
             "of its nn.Embedding"
         )
     if static is not None:
-        config = static.separate_gains(config)
+        _compress_static(static, config, token_counts, include, exclude)
+        put_static_model(model, static)
+        inner = []
     for i, one in enumerate(inner):
         try:
             _compress(one, config, token_counts, include, exclude)
@@ -74,10 +77,21 @@ def compress(
                 take_out(done)
                 detach(done)
             raise
-    if static is not None:
-        put_static_model(model, static)
     give_methods(model)
     return model
+
+
+def _compress_static(static: StaticModel, config: AdaCompConfig, *further: Any) -> None:
+    of_directions = static.separate_gains(config)
+    try:
+        _compress(static, of_directions, *further)
+    except ValueError as error:
+        if not static.gain_bytes:
+            raise
+        raise ValueError(
+            f"{error} (target_ratio={config.target_ratio:g} was asked for; lengths of vectors take "
+            f"{static.gain_bytes} bytes of it, and the table of directions has the rest)"
+        ) from error
 
 
 def _compress(

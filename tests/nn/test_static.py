@@ -107,6 +107,12 @@ def test_where_gains_would_be_a_large_part_there_are_none(model, vectors):
     assert torch.equal(static.embed_tokens.training_state.source, vectors)
 
 
+def test_a_size_out_of_reach_is_told_as_it_was_asked_for(model):
+    with pytest.raises(ValueError, match=rf"target_ratio=20 was asked for; lengths of vectors take {TOKENS + 4} bytes"):
+        compress(model, AdaCompConfig((512,), target_ratio=20))
+    assert isinstance(model[0], StaticEmbedding)
+
+
 def test_a_model_whose_vectors_are_nan_is_left_alone(model):
     with torch.no_grad():
         model[0].embedding.weight[3, 3] = torch.nan
