@@ -30,7 +30,13 @@ ACCURACIES = {
 }
 """Folders of the accuracy benchmark, and what rows call them."""
 
-SENTENCES = "multilingual-e5-small, six languages, no labels"
+SENTENCES = {
+    "e5-small": "multilingual-e5-small, six languages, no labels",
+    "word2vec-8k": "word2vec's vectors, static model, no labels",
+}
+"""The same for models of the benchmark of sentence similarity."""
+
+SENTENCE_RATIOS = (40.0, 80.0)
 LINES = ("learned", NOT_LEARNED, "count", "fixed", "pq")
 """Of the picture."""
 
@@ -41,7 +47,7 @@ class OverviewArguments:
         default=str(Path(__file__).parent), metadata={"help": "Folder of the benchmarks' folders of results."}
     )
     readme: str | None = field(default=None, metadata={"help": "Put the table between the markers of this file."})
-    ratios: list[float] = field(default_factory=lambda: [60.0, 80.0, 120.0, 200.0, 300.0], metadata={"help": "Rows."})
+    ratios: list[float] = field(default_factory=lambda: [80.0, 120.0, 200.0, 300.0], metadata={"help": "Rows."})
 
 
 def accuracy_rows(title: str, summary: dict, ratios: list[float]) -> list[str]:
@@ -57,7 +63,7 @@ def similarity_rows(title: str, cells: Cells, task: str) -> list[str]:
     """Rows of the benchmark of sentence similarity."""
     dense = _mean(cells[Key(task, "dense", None, 0)])
     lines = []
-    for ratio in sorted({key.ratio for key in cells if key.task == task and key.ratio is not None}):
+    for ratio in SENTENCE_RATIOS:
         found = [key for key in cells if key.task == task and key.ratio == ratio]
         drops = {key.method: dense - _mean(cells[key]) for key in found}
         lines += _row(title, ratio, drops, ("calibrated", "calibrated", "fixed"))
@@ -86,7 +92,9 @@ def table(folder: Path, ratios: list[float]) -> str:
     for name, title in ACCURACIES.items():
         lines += accuracy_rows(title, summarize(Cells(folder / name / "cells.jsonl")), ratios)
     sentences = Cells(folder / "sentence_results" / "cells.jsonl")
-    return "\n".join(lines + similarity_rows(SENTENCES, sentences, "e5-small"))
+    for name, title in SENTENCES.items():
+        lines += similarity_rows(title, sentences, name)
+    return "\n".join(lines)
 
 
 def deployment_table(folder: Path) -> str:

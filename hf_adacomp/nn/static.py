@@ -72,7 +72,8 @@ class StaticModel(PreTrainedModel):
             input_ids = input_ids.masked_fill(attention_mask == 0, 0)
         vectors = self.embed_tokens(input_ids)
         if self.config.gains:
-            vectors = F.normalize(vectors, dim=-1) * self.gain(input_ids).to(vectors.dtype)[..., None]
+            whole = F.normalize(vectors.float(), dim=-1) * self.gain(input_ids)[..., None]  # in half, a zero makes NaN
+            vectors = whole.to(vectors.dtype)
         return BaseModelOutput(last_hidden_state=vectors)
 
     # Gains
@@ -107,7 +108,8 @@ class StaticModel(PreTrainedModel):
         self.config.gains = True
         self._make_room_for_gains()
         self.store_gains(weight.float().norm(dim=1))
-        self.embed_tokens.weight = nn.Parameter(F.normalize(weight, dim=1), self.embed_tokens.weight.requires_grad)
+        directions = F.normalize(weight.float(), dim=1).to(weight.dtype)
+        self.embed_tokens.weight = nn.Parameter(directions, self.embed_tokens.weight.requires_grad)
         config = copy.copy(config)
         config.target_ratio /= 1 - share
         return config

@@ -121,6 +121,14 @@ def test_a_model_whose_vectors_are_nan_is_left_alone(model):
     assert isinstance(model[0], StaticEmbedding)
 
 
+def test_a_zero_vector_stays_zero_in_half_precision(model, vectors):
+    compress(model.half(), AdaCompConfig(target_ratio=12))
+    found = decoded(model)
+    assert found.dtype == torch.float16
+    assert not found[0].any()
+    torch.testing.assert_close(found.float(), vectors, rtol=0.3, atol=0.01)
+
+
 def test_without_gains_vectors_are_those_of_the_table():
     static = StaticModel(StaticConfig(4, 2))
     assert static.gain_bytes == 0

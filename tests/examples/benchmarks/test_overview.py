@@ -30,7 +30,8 @@ def results(example, tmp_path):
                 accuracy(folder, task, method, 80.0, drop + (task == "b"))
         accuracy(folder, "a", "learned", 120.0, 0.5)
     for method, ratio, score in (("dense", None, 80), ("calibrated", 40.0, 79), ("fixed", 40.0, 78), ("pq", 40.0, 70)):
-        add("sentence_results", ("e5-small", method, ratio, 0), {"similarity": {"de": score, "en": score + 2}})
+        for model in ("e5-small", "word2vec-8k"):
+            add("sentence_results", (model, method, ratio, 0), {"similarity": {"de": score, "en": score + 2}})
     forms = ("dense", "dense:int8", "calibrated:float", "calibrated:int8", "calibrated:int4")
     for form in forms:
         cell = {"bytes": 12_340_000, "peak_onnxruntime": 84_200_000, "similarity": {"en": 81.234}}
@@ -44,7 +45,7 @@ def test_rows_without_holes(example, results):
     rows = [line.split(" | ")[1:] for line in texts["overview"].splitlines()[2:]]
     assert rows == [  # no 120x: of a method or a task it has none
         *3 * [["80", "0.60", "0.80", "2.50", "3.50 (product quantization) |"]],
-        ["40", "1.00", "1.00", "2.00", "10.00 (product quantization) |"],
+        *2 * [["40", "1.00", "1.00", "2.00", "10.00 (product quantization) |"]],
     ]
     lines = texts["deployment"].splitlines()
     assert lines[0] == "| layers | a |"
