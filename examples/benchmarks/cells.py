@@ -175,17 +175,20 @@ def decode_counts(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype="<u2").astype(np.int64)
 
 
-def paired_difference(ours: dict[int, dict], theirs: dict[int, dict]) -> tuple[float, float, float] | None:
+def paired_difference(
+    ours: dict[int, dict], theirs: dict[int, dict], dense: dict[int, dict]
+) -> tuple[float, float, float] | None:
     """Difference of test accuracy in points over the seeds that both have, with its 95 % bootstrap interval.
 
-    The texts of the test split are drawn again, for both methods and all seeds alike, `RESAMPLES` times.
+    The texts of the test split, whose numbers of labels stand in the cells of the dense model, are drawn again, for
+    both methods and all seeds alike, `RESAMPLES` times.
     """
     seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
+    if not seeds or not dense:
         return None
     right = [[decode_counts(cells[seed]["test"]["right"]) for seed in seeds] for cells in (ours, theirs)]
     gains = np.mean(np.subtract(*right), axis=0)
-    sizes = decode_counts(ours[seeds[0]]["test"]["of"])
+    sizes = decode_counts(next(iter(dense.values()))["test"]["of"])
     generator = np.random.default_rng(0)
     draws = generator.integers(len(gains), size=(RESAMPLES, len(gains)), dtype=np.int32)
     resampled = 100 * gains[draws].sum(1) / sizes[draws].sum(1)

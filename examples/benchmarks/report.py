@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 def summarize(cells: Cells) -> dict:
     """Mean, deviation and paired differences of all finished cells, JSON-ready."""
     tasks = list(dict.fromkeys(key.task for key in cells))
-    forms = sorted({key[1:3] for key in cells}, key=lambda form: (form[1] or 0, METHODS.index(base(form[0]))))
+    forms = sorted({key[1:3] for key in cells}, key=lambda form: (form[1] or 0, METHODS.index(base(form[0])), form[0]))
     rows = [row for form in forms if (row := _row(cells, tasks, *form))]
     comparisons = [
         {"task": task, "ratio": ratio, "ours": "learned", "theirs": theirs, "points": points, "interval": interval}
@@ -36,7 +36,8 @@ def summarize(cells: Cells) -> dict:
 
 def _compare(cells: Cells, task: str, ratio: float, theirs: str) -> tuple[float | None, ...]:
     other = None if theirs in OWN_SIZE else ratio
-    found = paired_difference(cells.done(task, "learned", ratio), cells.done(task, theirs, other))
+    ours, dense = cells.done(task, "learned", ratio), cells.done(task, "dense", None)
+    found = paired_difference(ours, cells.done(task, theirs, other), dense)
     return (None,) if found is None else found
 
 

@@ -110,15 +110,15 @@ def test_paired_difference_has_the_interval_of_its_texts(example):
     module = example("cells")
 
     def cell(right):
-        right = np.asarray(right)
-        return {"test": {"right": module.encode_counts(right), "of": module.encode_counts(np.ones_like(right))}}
+        return {"test": {"right": module.encode_counts(np.asarray(right))}}
 
+    dense = {0: {"test": {"of": module.encode_counts(np.ones(100))}}}
     better, worse = cell([1] * 60 + [0] * 40), cell([1] * 50 + [0] * 50)
-    points, low, high = module.paired_difference({0: better, 1: better}, {0: worse, 2: worse})
+    points, low, high = module.paired_difference({0: better, 1: better}, {0: worse, 2: worse}, dense)
     assert points == pytest.approx(10)
     assert low == pytest.approx(10 - 1.96 * 3, abs=1)  # ten texts of a hundred differ: sqrt(100 * 0.1 * 0.9) = 3
     assert high == pytest.approx(10 + 1.96 * 3, abs=1)
-    assert module.paired_difference({0: better}, {1: worse}) is None
+    assert module.paired_difference({0: better}, {1: worse}, dense) is None
 
 
 @pytest.fixture
