@@ -7,7 +7,8 @@ Any change of the method's code is another version, and stored cells count for o
 to be shorter, faster or smaller. This trains the chosen cells again, from the same dense models (`--model_dir`), and
 compares sizes, log-losses and which answers are right. If all are equal, `versions.json` says from then on that the
 version of now goes by the name of the stored one, and by which cells that was shown. Equal to the last digit they are
-on one machine only: make them anew where they were made.
+on one machine only. Elsewhere, let the code of before make them first, in a worktree of its commit (`accuracy.py` with
+another `--output_dir` and the same `--model_dir`), and compare with those.
 """
 
 import json
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> list[str]:
     print("\n".join(found) or f"{now} makes {len(chosen)} cells of {version} anew, answer for answer")
     if not found and now != version:
         known = json.loads(VERSIONS.read_text(encoding="utf-8"))
-        known[now] = {"same_as": version, "shown_by": [" ".join(map(str, key)) for key in chosen]}
+        shown = known.setdefault(now, {"same_as": version, "shown_by": []})["shown_by"]
+        shown += [name for key in chosen if (name := " ".join(map(str, key))) not in shown]
         VERSIONS.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     return found
 
