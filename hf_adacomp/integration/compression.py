@@ -65,18 +65,19 @@ def compress(
             "For another module, put AdaptiveCompressedEmbedding.from_embedding(module.embedding, config) in the place "
             "of its nn.Embedding"
         )
-    if static is not None:
-        _compress_static(static, config, token_counts, include, exclude)
-        put_static_model(model, static)
-        inner = []
     for i, one in enumerate(inner):
         try:
-            _compress(one, config, token_counts, include, exclude)
+            if static is None:
+                _compress(one, config, token_counts, include, exclude)
+            else:
+                _compress_static(static, config, token_counts, include, exclude)
         except ValueError:
             for done in inner[:i]:
                 take_out(done)
                 detach(done)
             raise
+    if static is not None:
+        put_static_model(model, static)
     give_methods(model)
     return model
 
@@ -86,7 +87,7 @@ def _compress_static(static: StaticModel, config: AdaCompConfig, *further: Any) 
     try:
         _compress(static, of_directions, *further)
     except ValueError as error:
-        if not static.gain_bytes:
+        if f"target_ratio={of_directions.target_ratio:g}" not in str(error) or not static.gain_bytes:
             raise
         raise ValueError(
             f"{error} (target_ratio={config.target_ratio:g} was asked for; lengths of vectors take "
