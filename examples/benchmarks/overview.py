@@ -47,7 +47,7 @@ class OverviewArguments:
         default=str(Path(__file__).parent), metadata={"help": "Folder of the benchmarks' folders of results."}
     )
     readme: str | None = field(default=None, metadata={"help": "Put the table between the markers of this file."})
-    ratios: list[float] = field(default_factory=lambda: [80.0, 120.0, 200.0, 300.0], metadata={"help": "Rows."})
+    ratios: list[float] = field(default_factory=lambda: [80.0, 120.0, 160.0, 200.0, 300.0], metadata={"help": "Rows."})
 
 
 def accuracy_rows(title: str, summary: dict, ratios: list[float]) -> list[str]:
