@@ -66,8 +66,8 @@ def accuracy_by_size(summary: dict, file: Path) -> None:
     handles = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3 * columns, frameon=False)
-    lines = -(-len(handles) // (3 * columns))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=2 * columns, frameon=False)
+    lines = -(-len(handles) // (2 * columns))
     figure.tight_layout(rect=(0, 0.28 * lines / figure.get_figheight(), 1, 1))
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -110,8 +110,9 @@ def drop_by_size(summary: dict, methods: Sequence[str], title: str, file: Path) 
 
 def _mark_sizes(panel: plt.Axes, sizes: Sequence[float]) -> None:
     marks: list[float] = []
+    apart = max(1.25, (sizes[-1] / sizes[0]) ** (1 / 8)) if sizes else 1.25  # room for eight labels
     for size in sizes:
-        if not marks or size > 1.25 * marks[-1]:
+        if not marks or size > apart * marks[-1]:
             marks.append(size)
     panel.set_xticks(marks, [f"{mark:.3g}" for mark in marks])
     panel.minorticks_off()
