@@ -45,7 +45,8 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     Args:
         model: With a packed token table, or several of one vocabulary.
         num_tokens: How many tokens N.
-        vectors: Their vectors as the embedding returns them, (N, d), such as the means of the pieces of new words.
+        vectors: Their vectors as the embedding returns them, or a static model, (N, d), such as the means of the pieces
+            of new words.
 
     Raises:
         ValueError: For a negative number, vectors of another shape, a model with several vocabularies, or one that
@@ -58,14 +59,17 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     if vectors is not None and len(tables) > 1:
         raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
     before = tables[0].num_embeddings
+    if vectors is None:
+        inner.resize_token_embeddings(before + num_tokens)
+        return model
     static = inner if isinstance(inner, StaticModel) and inner.config.gains else None
-    targets = vectors if static is None or vectors is None else F.normalize(vectors, dim=-1)
-    codes = None if targets is None else _codes_for(tables[0], num_tokens, targets)
+    targets = vectors if static is None else F.normalize(vectors.float(), dim=-1)  # in half, a zero makes NaN
+    codes = _codes_for(tables[0], num_tokens, targets)
     inner.resize_token_embeddings(before + num_tokens)
-    if codes is not None:
-        tables[0].resize(torch.arange(before, device=codes.device), codes)
-    if vectors is not None and static is not None:
-        static.store_gains(torch.cat([static.gain(torch.arange(before)), vectors.norm(dim=-1).to(inner.device)]))
+    tables[0].resize(torch.arange(before, device=codes.device), codes)
+    if static is not None:
+        lengths = vectors.float().norm(dim=-1).to(inner.device)
+        static.store_gains(torch.cat([static.gain(torch.arange(before)), lengths]))
     return model
 
 

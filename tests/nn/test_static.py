@@ -98,6 +98,8 @@ def test_gains_follow_the_vocabulary(packed):
     assert torch.cosine_similarity(found[3], new[0], dim=0) > 0.9
     add_tokens(packed, 1)
     torch.testing.assert_close(decoded(packed)[:5], found)
+    add_tokens(packed, 1, torch.zeros(1, DIM, dtype=torch.float16))
+    assert not decoded(packed)[-1].any()
 
 
 def test_where_gains_would_be_a_large_part_there_are_none(model, vectors):
