@@ -225,16 +225,25 @@ def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 def is_traced() -> bool:
-    """Whether code runs to become a graph, whose shapes must not depend on values: compiled, exported or traced."""
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+    """Whether code runs where shapes must not depend on values: compiled, exported, traced, or for many examples."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return bool(traced) or is_vectorized()
+
+
+def is_vectorized() -> bool:
+    """Whether `torch.func.vmap` runs the code, for many examples at once. There is no public way to ask."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def check_on_device(condition: Tensor, message: str) -> None:
     """Have the device check a condition, a bool of shape (), without waiting for it; as `nn.Embedding` checks ids.
 
-    Compiled graphs keep the check, too. There is no public way, and not every device has it.
+    Compiled graphs keep the check, too. There is no public way, and neither has every device it nor `torch.func.vmap`.
     """
-    if condition.device.type in ("cpu", "cuda", "meta"):
+    if condition.device.type in ("cpu", "cuda", "meta") and not is_vectorized():
         torch._assert_async(condition, message)
 
 

@@ -16,6 +16,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer import losses
 from tokenizers import Tokenizer, models
+from torch.func import functional_call, grad, vmap
 from transformers import BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, AdaptiveCompressedEmbedding, compress, pack
@@ -185,6 +186,24 @@ def test_graphs_check_ids_as_upstream(counts, ids, bad):
         assert close(run(ids), table(ids))
         with pytest.raises(RuntimeError, match="out of range"):
             run(wrong)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_gradients_of_single_examples(name, counts, ids):
+    """By `torch.func.vmap`, as differentially private training takes them."""
+    model = packed(name, counts)
+    model.set_attn_implementation("eager")
+    learning = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, example):
+        return functional_call(model, parameters, (example[None],)).logits.logsumexp(-1).sum()
+
+    found = vmap(grad(loss), (None, 0))(learning, ids)
+    for i, example in enumerate(ids):
+        one = torch.cat([gradients[i].flatten() for gradients in found.values()])
+        assert close(one, torch.cat([gradient.flatten() for gradient in grad(loss)(learning, example).values()]), 1e-4)
+    with pytest.raises((IndexError, RuntimeError)):
+        vmap(grad(loss), (None, 0))(learning, ids + VOCABULARY)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
