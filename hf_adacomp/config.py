@@ -136,6 +136,10 @@ class AdaCompConfig(QuantizationConfigMixin):
             raise ValueError(f"tables must map module names to table layouts; got {tables!r}")
         self.tables: dict[str, dict[str, Any]] = {name: dict(layout) for name, layout in (tables or {}).items()}
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """A setting by its name: transformers asks the config of a loaded model as if it were the dict of a file."""
+        return getattr(self, name, default)
+
     @property
     def measured(self) -> bool:
         """Whether training measures which directions of the vectors matter."""

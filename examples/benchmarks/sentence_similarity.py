@@ -168,8 +168,8 @@ def cell(
         config = AdaCompConfig(target_ratio=ratio, **fractions)
         if method == "fixed":
             static = static_model(model)  # which has gains beside its codes
-            left = config if static is None else static.separate_gains(config)
-            config = our_config("fixed", token_table(model), left.target_ratio, seed=0)
+            left = static and static.ratio_beside_gains(ratio)
+            config = our_config("fixed", token_table(model), left or ratio, seed=0)
             config.target_ratio = ratio
         counted = method in ("fixed", "count")
         compress(model, config, counts if counted else None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..codes.rounding import codebook_bytes
 from ..config import AUTO, AdaCompConfig
-from ..lengths.budget import assign_lengths, code_budget
+from ..lengths.budget import TargetRatioError, assign_lengths, code_budget
 from .spectrum import binary_code_distortion, principal_axes
 from .token_counts import checked_counts, fit_weights, token_weights, typical_counts
 
@@ -50,7 +50,7 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
         config: The settings; its `code_lengths` are ignored.
 
     Raises:
-        ValueError: If no ladder fits the size; the message gives the largest ratio that does.
+        TargetRatioError: If no ladder fits the size; the message gives the largest ratio that does.
     """
     num_tokens, dim = source.shape
     counts = token_counts if token_counts.any() else typical_counts(num_tokens)
@@ -78,7 +78,7 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
     for ladder in ladders:
         try:
             distortions[ladder] = expected_distortion(ladder)
-        except ValueError as error:  # too large for the target
+        except TargetRatioError as error:
             refusal = error
     if not distortions:
         raise refusal

@@ -122,7 +122,8 @@ def _fitted_to_longest(
     """Code vectors and bias fitted to x (N, d) in codes of full length; the vectors that explain most come first."""
     blocks, parts = x.split(book.block), weights.split(book.block)
     first = _first_bits(x, weights, metric, book, generator).split(book.block)
-    vectors, bias = _least_squares(first, blocks, parts, (book.length, book.dim))
+    centred = (rows.to(x.dtype).sub_(0.5) for rows in first)
+    vectors, bias = _least_squares(centred, blocks, parts, (book.length, book.dim))
     for _ in trange(LONGEST_ROUNDS, desc="Fitting the longest codes", disable=not show_progress):
         encoder = Encoder.tied(vectors @ metric, vectors, bias)
         vectors, bias = _least_squares(
@@ -193,22 +194,23 @@ def _distortions(
 
 
 def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook, generator: torch.Generator) -> Tensor:
-    """Centred bits to start from, (N, L): in stages, signs of what is left, along its randomly rotated principal axes.
+    """Bits to start from, bool (N, L): in stages, signs of what is left, along its randomly rotated principal axes.
 
     Rotated axes carry equal variance, so that all bits of a stage tell alike (Gong and Lazebnik 2011); later stages
     refine the directions that earlier ones left the largest errors in.
     """
     left = x @ _root(metric).to(x)  # where the metric is the Euclidean one
-    bits = torch.empty(len(x), book.length, device=x.device, dtype=x.dtype)
+    bits = torch.empty(len(x), book.length, device=x.device, dtype=torch.bool)
     for stage in bits.split(STAGE, dim=1):
         mean, axes, _ = principal_axes(left, weights)
         rank = min(stage.shape[1], x.shape[1])
         noise = torch.randn(stage.shape[1], rank, generator=generator, dtype=torch.float32)
         directions = axes[:, :rank] @ torch.linalg.qr(noise)[0].to(x.device).T
-        stage.copy_(left @ directions > mean @ directions).sub_(0.5)
-        signs, rows, parts = (each.split(book.block) for each in (stage, left, weights))
+        stage.copy_(left @ directions > mean @ directions)
+        centred = stage.to(x.dtype).sub_(0.5)
+        signs, rows, parts = (each.split(book.block) for each in (centred, left, weights))
         vectors, bias = _least_squares(signs, rows, parts, (stage.shape[1], book.dim))
-        left.sub_(bias).addmm_(stage, vectors, alpha=-1)
+        left.sub_(bias).addmm_(centred, vectors, alpha=-1)
     return bits
 
 

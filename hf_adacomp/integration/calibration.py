@@ -127,9 +127,11 @@ def _measure(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -
             f"{type(inner).__name__} reads one text and writes another: give batches with labels, as its training has "
             "them, in place of texts"
         )
-    loss = reaction(model, batch, generator)
-    if loss.requires_grad:
-        loss.backward()
+    # In evaluation, models may change in place what gradients need: SPLADE's pooling does.
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = reaction(model, batch, generator)
+        if loss.requires_grad:
+            loss.backward()
 
 
 def _fit(table: AdaptiveCompressedEmbedding, config: AdaCompConfig, show_progress: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import AdaCompConfig
+from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
 from .quantizer import AdaCompHfQuantizer, attach, detach, refuse_quantized
 from .sentence import give_methods, put_static_embedding, put_static_model, static_model, take_methods
@@ -83,13 +85,18 @@ def compress(
 
 
 def _compress_static(static: StaticModel, config: AdaCompConfig, *further: Any) -> None:
-    of_directions = static.separate_gains(config)
+    """Compress a table of directions, with gains beside it where there is room for them."""
+    ratio = static.ratio_beside_gains(config.target_ratio)
+    if ratio is None:
+        _compress(static, config, *further)
+        return
+    of_directions = copy.copy(config)
+    of_directions.target_ratio = ratio
+    static.separate_gains()
     try:
         _compress(static, of_directions, *further)
-    except ValueError as error:
-        if f"target_ratio={of_directions.target_ratio:g}" not in str(error) or not static.gain_bytes:
-            raise
-        raise ValueError(
+    except TargetRatioError as error:
+        raise TargetRatioError(
             f"{error} (target_ratio={config.target_ratio:g} was asked for; lengths of vectors take "
             f"{static.gain_bytes} bytes of it, and the table of directions has the rest)"
         ) from error

@@ -16,6 +16,10 @@ NEAR = 0.02
 """How far from a guess the price is looked for first, as a share of it: a step of training moves it by less."""
 
 
+class TargetRatioError(ValueError):
+    """A table cannot be made as small as was asked for."""
+
+
 def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes: int, target_ratio: float) -> int:
     """Bits available for the codes of all tokens: the size that `target_ratio` allows, less all else that is stored.
 
@@ -27,7 +31,7 @@ def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes
         target_ratio: Dense bytes over stored bytes.
 
     Raises:
-        ValueError: If not even the shortest codes fit; the message gives the largest ratio that does.
+        TargetRatioError: If not even the shortest codes fit; the message gives the largest ratio that does.
     """
     dense = 4 * num_tokens * dim
     stored = int(dense / target_ratio)
@@ -35,7 +39,7 @@ def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes
     fixed = codebook_bytes + packed_bytes(num_tokens * index_bits(len(ladder))) + len(ladder)
     least = packed_bytes(num_tokens * ladder[0])
     if stored < fixed + least:
-        raise ValueError(
+        raise TargetRatioError(
             f"target_ratio={target_ratio:g} cannot be met for a table of {num_tokens} x {dim}: of the {stored} bytes "
             f"that it leaves, code-book and lengths take {fixed} and the shortest codes {least}. The largest ratio "
             f"that fits is {int(100 * dense / (fixed + least)) / 100:g}; or choose fewer or shorter code_lengths than "

@@ -12,7 +12,6 @@ stored apart, its *gain* (gain-shape vector quantization: Gersho and Gray, *Vect
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-
-from ..config import AdaCompConfig
 
 MODEL_TYPE = "adacomp-static"
 LEVELS = 255
@@ -93,26 +90,20 @@ class StaticModel(PreTrainedModel):
         """Stored bytes of the gains."""
         return sum(gains.nbytes for gains in (self.gain_levels, self.largest_gain)) if self.config.gains else 0
 
-    def separate_gains(self, config: AdaCompConfig) -> AdaCompConfig:
-        """Replace dense vectors by directions and gains, before they are compressed.
+    def ratio_beside_gains(self, target_ratio: float) -> float | None:
+        """The ratio of a table of directions that leaves room for gains; None where they would take too much of it."""
+        weight = self.embed_tokens.weight
+        share = target_ratio * (len(weight) + 4) / (4 * weight.numel())
+        return None if share > LARGEST_SHARE else target_ratio / (1 - share)
 
-        Not where gains would take more than a quarter of the size.
-
-        Returns:
-            The settings for the table of directions, which leave room for the gains.
-        """
+    def separate_gains(self) -> None:
+        """Replace dense vectors by directions and gains, before they are compressed."""
         weight = self.embed_tokens.weight.detach()
-        share = config.target_ratio * (len(weight) + 4) / (4 * weight.numel())
-        if share > LARGEST_SHARE or not weight.isfinite().all():  # the table says what is wrong with such values
-            return config
         self.config.gains = True
         self._make_room_for_gains()
         self.store_gains(weight.float().norm(dim=1))
         directions = F.normalize(weight.float(), dim=1).to(weight.dtype)
         self.embed_tokens.weight = nn.Parameter(directions, self.embed_tokens.weight.requires_grad)
-        config = copy.copy(config)
-        config.target_ratio /= 1 - share
-        return config
 
     def _make_room_for_gains(self) -> None:
         device = self.embed_tokens.weight.device

@@ -56,6 +56,15 @@ def test_the_stock_loader_gives_back_every_bit(architecture, task, config, count
     assert all(torch.equal(again[name], first[name]) and again[name].dtype == first[name].dtype for name in first)
 
 
+def test_loads_with_the_config_of_a_loaded_model(packed_bert, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    first = BertForSequenceClassification.from_pretrained(tmp_path)
+    for known in (packed_bert, first):
+        second = BertForSequenceClassification.from_pretrained(tmp_path, config=known.config)
+        assert same_state(second, first)
+    assert second.config.quantization_config == first.config.quantization_config
+
+
 def ours(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of the compressed table in a saved model, by name under the embedding's prefix."""
     tensors = load_file(folder / "model.safetensors")

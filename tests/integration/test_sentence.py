@@ -15,14 +15,15 @@ from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
+    SparseEncoder,
 )
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 import hf_adacomp
-from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, decompress, pack, size_report, token_table
+from hf_adacomp import AdaCompCallback, AdaCompConfig, calibrate, compress, decompress, pack, size_report, token_table
 from hf_adacomp.cli import main
 from hf_adacomp.integration.sentence import is_sentence_model, static_model, tokenizer_of
 from hf_adacomp.integration.tables import transformers_models
@@ -49,7 +50,7 @@ def settings(**changes) -> AdaCompConfig:
 @pytest.fixture
 def encoder(tmp_path) -> SentenceTransformer:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    BertModel(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(tmp_path / "bert")
+    BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(tmp_path / "bert")
     special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
     PreTrainedTokenizerFast(tokenizer_object=words(), **special).save_pretrained(tmp_path / "bert")
     modules = [Transformer(str(tmp_path / "bert")), Pooling(32, "mean"), Normalize()]
@@ -134,6 +135,17 @@ def test_its_trainer_trains_and_resumes(model, tmp_path):
     resumed = SentenceTransformer(str(tmp_path / "run" / "checkpoint-5"), device="cpu")
     trainer(resumed).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
     assert close(resumed.encode(SENTENCES), model.encode(SENTENCES))
+
+
+@pytest.mark.usefixtures("encoder")
+def test_a_pooling_that_changes_in_place_what_gradients_need(tmp_path):
+    sparse = SparseEncoder(str(tmp_path / "bert"), device="cpu")
+    texts = [f"w{i} w{i + 1}" for i in range(40)]
+    pack(calibrate(compress(sparse, settings()), texts, show_progress=False))
+    expected = sparse.encode(SENTENCES, convert_to_sparse_tensor=False)
+    sparse.save_pretrained(str(tmp_path / "sparse"))
+    loaded = SparseEncoder(str(tmp_path / "sparse"), device="cpu")
+    assert close(loaded.encode(SENTENCES, convert_to_sparse_tensor=False).numpy(), expected.numpy())
 
 
 def test_a_static_model_gives_the_vectors_of_its_bag(static):
