@@ -241,9 +241,13 @@ def is_vectorized() -> bool:
 def check_on_device(condition: Tensor, message: str) -> None:
     """Have the device check a condition, a bool of shape (), without waiting for it; as `nn.Embedding` checks ids.
 
-    Compiled graphs keep the check, too. There is no public way, and neither has every device it nor `torch.func.vmap`.
+    Compiled graphs keep the check, too. There is no public way, and not every device has it.
     """
-    if condition.device.type in ("cpu", "cuda", "meta") and not is_vectorized():
+    if is_vectorized():  # for all examples at once: what `vmap` wraps is a tensor of theirs
+        while torch._C._functorch.is_functorch_wrapped_tensor(condition):
+            condition = torch._C._functorch.get_unwrapped(condition)
+        condition = condition.all()
+    if condition.device.type in ("cpu", "cuda", "meta"):
         torch._assert_async(condition, message)
 
 

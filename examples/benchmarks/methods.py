@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, size_report
 from hf_adacomp.fitting.token_counts import expected_counts, token_weights
+from hf_adacomp.lengths.budget import TargetRatioError
 
 SLACK = 1.03
 """A peer may take 3 % more bytes than asked for: its sizes come in steps."""
@@ -79,7 +80,7 @@ def our_config(method: str, embedding: nn.Embedding, ratio: float, seed: int) ->
         config = AdaCompConfig((length,), **settings, select_fraction=0.0, significance=False)
         try:
             AdaptiveCompressedEmbedding(*embedding.weight.shape, config, device="meta")
-        except ValueError:
+        except TargetRatioError:
             continue
         return config
     raise OutOfReachError(f"no single length reaches {ratio:g}")

@@ -168,7 +168,7 @@ def cell(
         config = AdaCompConfig(target_ratio=ratio, **fractions)
         if method == "fixed":
             static = static_model(model)  # which has gains beside its codes
-            left = static and static.ratio_beside_gains(ratio)
+            left = None if static is None else static.ratio_beside_gains(ratio)
             config = our_config("fixed", token_table(model), left or ratio, seed=0)
             config.target_ratio = ratio
         counted = method in ("fixed", "count")
