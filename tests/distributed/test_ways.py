@@ -11,11 +11,21 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).with_name("ways.py")
 
 
-@pytest.mark.parametrize("way", ["streams", "checkpointing", "accumulation", "static_graph", "other_start", "sharded"])
-def test_ranks_agree(tmp_path, way):
-    done = torchrun(2, SCRIPT, tmp_path, way)
+WAYS = ["streams", "checkpointing", "accumulation", "static_graph", "other_start", "sharded"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where two processes have written what each way gave them: in one start, which takes longer than the ways."""
+    folder = tmp_path_factory.mktemp("ways")
+    done = torchrun(2, SCRIPT, folder, *WAYS)
     assert done.returncode == 0, done.stderr
-    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_agree(folder, way):
+    first, second = (load_file(folder / f"{way}-{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 

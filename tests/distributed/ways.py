@@ -1,4 +1,4 @@
-"""Ways to train in several processes. Usage: ways.py FOLDER WAY; every process writes its table to FOLDER/rank<N>."""
+"""Ways to train in several processes. Usage: ways.py FOLDER WAY...; tables go to FOLDER/<WAY>-<RANK>.safetensors."""
 
 import sys
 from pathlib import Path
@@ -114,18 +114,15 @@ BY_HAND = {
 }
 
 
-def main(folder: Path, way: str) -> None:
+def main(folder: Path, ways: list[str]) -> None:
     torch.set_num_threads(1)
-    if way in BY_TRAINER:
-        state = by_trainer(folder, **BY_TRAINER[way])
-    else:
-        dist.init_process_group("gloo")
-        state = BY_HAND[way]()
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()}, folder / f"rank{dist.get_rank()}.safetensors"
-    )
+    dist.init_process_group("gloo")
+    for way in ways:
+        state = by_trainer(folder, **BY_TRAINER[way]) if way in BY_TRAINER else BY_HAND[way]()
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / f"{way}-{dist.get_rank()}.safetensors")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])
