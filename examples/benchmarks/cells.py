@@ -7,6 +7,7 @@ import base64
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -121,12 +122,17 @@ def method_version() -> str:
     return known[version]["same_as"] if version in known else version
 
 
+@cache  # of the code that is loaded: files may change while it works
 def code_version() -> str:
     """Twelve digits that change with the code of the method: settings, codes, lengths, fits, modules.
 
     They do not change with comments and docstrings, which decide on no result.
     """
-    package = Path(hf_adacomp.__file__).parent
+    return version_of(Path(hf_adacomp.__file__).parent)
+
+
+def version_of(package: Path) -> str:
+    """`code_version` of the package in that folder."""
     files = [package / "config.py", *sorted(file for room in ROOMS for file in (package / room).glob("*.py"))]
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     for node in (node for tree in trees for node in ast.walk(tree)):

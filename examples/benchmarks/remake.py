@@ -34,7 +34,7 @@ def differences(key: Key, found: dict, stored: dict) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> list[str]:
     (args,) = parse((BenchmarkArguments,), arguments)
-    now = code_version()  # of the code that is loaded: files may change while it works
+    now = code_version()
     tasks = read_tasks(Path(args.tasks_file), Path(args.data_dir))
     cells = Cells(Path(args.output_dir) / "cells.jsonl")
     chosen = [key for key in keys(args, tasks) if key in cells and base(key.method) in OURS]

@@ -62,6 +62,15 @@ CONFIG = AdaCompConfig(target_ratio=80)
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 
 
+USES_OF_WEIGHT = {
+    "dtype, device, shape": "table.weight.dtype, table.weight.device, table.weight.shape",
+    "4,096 rows": "with torch.no_grad(): table.weight[ids]",
+    "all values": "with torch.no_grad(): table.weight.sum()",
+    "logits of 16 positions and gradients": "F.linear(hidden, table.weight).logsumexp(-1).sum().backward()",
+}
+"""What other code does with a packed table's weight: each is measured in a process of its own."""
+
+
 @dataclass
 class SpeedArguments:
     rows: list[str] | None = field(default=None, metadata={"help": "Only these. Default: all."})
@@ -264,12 +273,7 @@ torch.set_num_threads({args.threads})
 table, ids, hidden = random_table({tokens}, 640), torch.arange(4096) % {tokens}, torch.randn(16, 640)
 start = time.perf_counter()"""
     *_, before = process_figures(made)
-    for name, use in {
-        "dtype, device, shape": "table.weight.dtype, table.weight.device, table.weight.shape",
-        "4,096 rows": "with torch.no_grad(): table.weight[ids]",
-        "all values": "with torch.no_grad(): table.weight.sum()",
-        "logits of 16 positions and gradients": "F.linear(hidden, table.weight).logsumexp(-1).sum().backward()",
-    }.items():
+    for name, use in USES_OF_WEIGHT.items():
         seconds, peak = process_figures(f"{made}\n{use}\nprint(time.perf_counter() - start)")
         yield f"weight of a packed table of 262,144 x 640: {name}", seconds, "s"
         yield f"  its memory ({name}), over the dense table", (peak - before) / (tokens * 640 * 4), "x"

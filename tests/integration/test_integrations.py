@@ -246,6 +246,7 @@ def test_without_values_lengths_must_be_given(config):
     assert AdaptiveCompressedEmbedding(1000, 64, config, device="meta").phase == "observe"
 
 
+@pytest.mark.usefixtures("quick_fit")
 @pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")  # not ours
 def test_sentence_transformer_trains_saves_and_loads(minilm, tmp_path):
     model = SentenceTransformer(minilm, device="cpu")
@@ -265,4 +266,4 @@ def test_sentence_transformer_trains_saves_and_loads(minilm, tmp_path):
     assert encoder.get_input_embeddings().phase == "packed"
     model.save_pretrained(str(tmp_path / "packed"))
     loaded = SentenceTransformer(str(tmp_path / "packed"), device="cpu")
-    assert (loaded.encode(texts) == model.encode(texts)).all()
+    assert close(loaded.encode(texts, convert_to_tensor=True), model.encode(texts, convert_to_tensor=True))

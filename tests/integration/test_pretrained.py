@@ -101,17 +101,21 @@ def test_fine_tunes_with_the_stock_trainer(minilm, tokenizer, sentences, tmp_pat
 
 
 def test_warm_start_explains_running_text(minilm, tokenizer):
-    """TREC questions, if they are at hand: share of the running text's variance that an 80 x smaller table keeps."""
+    """TREC questions, if they are at hand: share of the running text's variance that a 40 x smaller table keeps.
+
+    The table is that of the tokens that occur, which is fitted in a third of the time.
+    """
     file = Path(os.environ.get("ADACOMP_DATA", "")) / "trec" / "trec.train.tsv"
     if "ADACOMP_DATA" not in os.environ or not file.is_file():
         pytest.skip("needs the TREC questions: set ADACOMP_DATA to a folder that has trec/trec.train.tsv")
     questions = [line.split("\t", 1)[1] for line in file.read_text(encoding="utf-8").splitlines()]
-    source = AutoModel.from_pretrained(minilm).get_input_embeddings()
-    counts = torch.zeros(source.num_embeddings)
-    for row in tokenizer(questions)["input_ids"]:
-        counts += torch.bincount(torch.tensor(row), minlength=len(counts))
-    embedding = AdaptiveCompressedEmbedding.from_embedding(source, AdaCompConfig(target_ratio=80), counts)
-    x, decoded = source.weight.detach(), embedding.to_embedding().weight.detach()
-    mean = counts @ x / counts.sum()
-    explained = 1 - counts @ (x - decoded).square().sum(1) / (counts @ (x - mean).square().sum(1))
+    ids = torch.tensor([token for row in tokenizer(questions)["input_ids"] for token in row])
+    tokens, counts = ids.unique(return_counts=True)
+    share = counts / counts.sum()
+    x = AutoModel.from_pretrained(minilm).get_input_embeddings().weight.detach()[tokens]
+    source = nn.Embedding.from_pretrained(x)
+    embedding = AdaptiveCompressedEmbedding.from_embedding(source, AdaCompConfig(target_ratio=40), counts)
+    decoded = embedding.to_embedding().weight.detach()
+    mean = share @ x
+    explained = 1 - share @ (x - decoded).square().sum(1) / (share @ (x - mean).square().sum(1))
     assert explained > 0.78

@@ -215,16 +215,15 @@ def test_unknown_names_are_refused(example):
         accuracy.main(["--tasks", "sst3"])
 
 
-def test_version_changes_with_code_but_not_with_comments(example, tmp_path, monkeypatch):
+def test_version_changes_with_code_but_not_with_comments(example, tmp_path):
     cells = example("cells")
     for room in cells.ROOMS:
         (tmp_path / room).mkdir()
     (tmp_path / "config.py").write_text("")
-    monkeypatch.setattr(cells.hf_adacomp, "__file__", str(tmp_path / "__init__.py"))
 
     def version(code: str) -> str:
         (tmp_path / "codes" / "bits.py").write_text(code)
-        return cells.code_version()
+        return cells.version_of(tmp_path)
 
     first = version('"""Bits."""\n\ndef bits(x):\n    """Of x."""\n    return x > 0  # as floats\n')
     assert version("def bits(x):\n    return (x > 0)\n") == first
