@@ -103,6 +103,11 @@ def embed_scale(embedding: nn.Module) -> Any:
     return getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
 
 
+def rounds_scale(embedding: nn.Module) -> bool:
+    """Whether a scaled embedding rounds its factor to the dtype of its table, as Gemma's do, which hold a tensor."""
+    return isinstance(getattr(embedding, "embed_scale", None), Tensor)
+
+
 def loaded_from(model: PreTrainedModel) -> str:
     """The folder or Hub name that a model was loaded from; empty if it was not. There is no public record of it."""
     return str(model.config._name_or_path or "")
@@ -163,6 +168,11 @@ def distributed_kind() -> str:
 
 
 # torch
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """The values in float64, on the CPU where their device has none (Apple's)."""
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
 class KeptDtype(nn.Module):

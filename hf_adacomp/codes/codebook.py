@@ -132,14 +132,16 @@ class BinaryCodebook(nn.Module):
             self._kept = None
             return self._decoded()
         state = compat.state_of((self.weight, self.bias, self.scale if self.integer_bits else self.bias))
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self._decoded()
-        return self._kept[1]
+        kept = self._kept  # once: other threads may let go of it
+        if kept is None or kept[0] != state:
+            kept = self._kept = state, self._decoded()
+        return kept[1]
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of the float code vectors that are kept now."""
-        return 0 if self._kept is None else self._kept[1].vectors.nbytes
+        kept = self._kept
+        return 0 if kept is None else kept[1].vectors.nbytes
 
     def train(self, mode: bool = True) -> BinaryCodebook:
         """As in `nn.Module`; floats that were kept are let go."""

@@ -61,7 +61,8 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
     ladders = _ladders(dim)
     energies = torch.cat([(block.float() - mean).square().sum(1) for block in source.detach().split(SPECTRUM_ROWS)])
     costs = (weights * energies).sort().values.cpu()
-    costs = costs[torch.linspace(0, num_tokens - 1, min(num_tokens, SAMPLED_TOKENS), dtype=torch.float32).long()]
+    places = torch.linspace(0, num_tokens - 1, min(num_tokens, SAMPLED_TOKENS), dtype=torch.float32).long()
+    costs = costs[places.clamp_max(num_tokens - 1)]  # float32 rounds the last of many millions up
     share = {
         length: binary_code_distortion(variances, length) / variances.sum().clamp_min(1e-30)
         for length in {length for ladder in ladders for length in ladder}

@@ -11,7 +11,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import compat
 from ..config import QUANT_METHOD, AdaCompConfig
-from ..nn.bag import Bag
 from ..nn.static import StaticModel
 from .checkpoint import check_stored, check_tables, stored_tensors
 from .integrity import (
@@ -72,7 +71,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             new = empty_table(layout, self.quantization_config, table.owner.weight.dtype)
             if stored is not None:  # transformers would make room for whatever the config claims
                 check_stored(stored_name, new.state_dict(), stored)
-            new.dense_class, new.bag = type(table.owner), Bag.of(table.owner)
+            new.stand_in_for(table.owner, layout["scale"])
             put(model, table, new, self.quantization_config.head)
             new.loading = True
             self._checksums[new] = layout["tensor_checksums"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..codes.bits import index_bits, packed_bytes
 
 BISECTIONS = 60
@@ -67,8 +68,8 @@ def assign_lengths(scores: Tensor, ladder: Tensor, budget: int, guess: float = 0
         raise ValueError("selection scores hold NaN or Inf: the training loss diverged; lower the learning rate")
     if len(scores) * int(ladder[0]) > budget:
         raise ValueError(f"{len(scores)} codes of at least {int(ladder[0])} bits do not fit into {budget} bits")
-    columns = scores.detach().to(torch.float64).T.contiguous()
-    lengths = ladder.tolist()
+    columns = compat.as_float64(scores.detach()).T.contiguous()
+    device, ladder, lengths = scores.device, ladder.to(columns.device), ladder.tolist()
 
     def choose(price: float, columns: Tensor = columns) -> Tensor:
         best, choice = columns[0] - price * lengths[0], torch.zeros_like(columns[0], dtype=torch.int64)
@@ -85,7 +86,7 @@ def assign_lengths(scores: Tensor, ladder: Tensor, budget: int, guess: float = 0
     low, high = guess * (1 - NEAR), guess * (1 + NEAR) or max(1e-30, float((columns.amax(0) - columns.amin(0)).max()))
     while used(longer := choose(low)) <= budget:
         if low == 0:
-            return longer, 0.0
+            return longer.to(device), 0.0
         low, high = (low / 2 if low > 1e-30 else 0.0), low
     while used(assignment := choose(high)) > budget:
         low, high, longer = high, 2 * high, assignment
@@ -113,4 +114,4 @@ def assign_lengths(scores: Tensor, ladder: Tensor, budget: int, guess: float = 0
     order = torch.argsort(gain / extra, descending=True, stable=True)
     upgraded = order[extra[order].cumsum(0) <= spare]
     assignment[open_tokens[upgraded]] = ends[0][upgraded]
-    return assignment, high
+    return assignment.to(device), high

@@ -12,7 +12,6 @@ from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
 from ..fitting.ladder import with_ladder_for
-from .bag import Bag
 from .decoding import with_all
 from .dense import checked_scale, checked_table
 from .movement import Movement
@@ -102,7 +101,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         with torch.inference_mode(False):  # what is made there cannot learn
             module = cls(tokens, dim, config, embedding.padding_idx, _source=source)
         module.budget()
-        module.scale, module.dense_class, module.bag = checked_scale(embedding), type(embedding), Bag.of(embedding)
+        module.stand_in_for(embedding, checked_scale(embedding))
         module.train(embedding.training)
         if token_counts is not None:
             module.warm_start(token_counts)
@@ -203,7 +202,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.refuse_offloaded(input)
         ids = input.to(torch.int64)
         vectors = self._look_up(ids if self.bag is None else ids.flatten())
-        vectors = vectors if self.scale == 1 else vectors * self.scale
+        if self.scale != 1:
+            vectors = vectors * (self.embed_scale.to(vectors.dtype) if self.rounds_scale else self.scale)
         if self.bag is not None:
             return self.bag.reduce(ids, vectors, offsets, per_sample_weights, self.padding_idx)
         if offsets is not None or per_sample_weights is not None:

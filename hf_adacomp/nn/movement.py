@@ -29,7 +29,7 @@ class Movement:
         self._before = now
         if self._steps == PATIENCE:
             logger.warning(
-                "nothing has changed the code-book in the last %d steps: the optimizer must hold their parameters "
+                "nothing has changed the code-book in the last %d steps: the optimizer must hold its parameters "
                 "(make it after compressing) and step after embedding.step()",
                 PATIENCE,
             )

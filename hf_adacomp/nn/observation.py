@@ -28,7 +28,7 @@ MEASURED_ROWS = 2048
 class Observation(KeptDtype):
     """Token counts and second moments of gradients, summed over all uses, micro-batches and ranks, and the metric.
 
-    A token counts where the gradient reaches its vector, which leaves out padding whatever a batch looks like.
+    A token counts where the gradient reaches its vector, which leaves out padding that is masked.
 
     Args:
         num_tokens: V.
@@ -81,9 +81,12 @@ class Observation(KeptDtype):
 
         def note(gradient: Tensor) -> None:
             # Those at all tokens' vectors from one position have the second moments of this one row.
-            rows = hidden.detach().float() * gradient.detach().float().norm(dim=-1, keepdim=True)
+            sizes = torch.linalg.vector_norm(gradient.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+            rows = hidden.detach().float() * sizes
             if rows.isfinite().all():
                 self._measure(rows.flatten(0, -2))
+            else:
+                self.broken = True
 
         logits.register_hook(note)
 
@@ -117,7 +120,7 @@ class Observation(KeptDtype):
         if measure:
             if moments is None:
                 moments = torch.zeros(self.moment_bits.shape, dtype=torch.float64)
-            total = sum_over_ranks(moments.to(self.moment_bits.device)).cpu()
+            total = sum_over_ranks(moments, self.moment_bits.device).cpu()
             came = came or bool(total.any())
             self.moment_bits.copy_((self.moments + total).view(torch.int64))
         return counts, came

@@ -18,11 +18,11 @@ def several() -> bool:
 
 
 @torch.no_grad()
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, the same on each; the tensor itself where there is one."""
+def sum_over_ranks(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """The sum of a tensor over all ranks, by way of `device`, the same on each; itself where there is one rank."""
     if not several():
         return tensor
-    total = tensor.clone()
+    total = tensor.to(tensor.device if device is None else device, copy=True)
     dist.all_reduce(total)
     return total
 

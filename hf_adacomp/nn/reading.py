@@ -37,8 +37,7 @@ class LastWeight:
 
     def __init__(self) -> None:
         self._weights: WeakValueDictionary[Any, DecodedWeight] = WeakValueDictionary()
-        self._values: Tensor | None = None
-        self._state: Any = None
+        self._kept: tuple[Any, Tensor] | None = None
         self._read = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -58,15 +57,16 @@ class LastWeight:
     def values(self, state: Any, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes, once as long as `state` is the same."""
         self._read = True
-        if self._values is None or state != self._state:
-            self._values = None
-            self._values, self._state = make(), state
-        return self._values
+        kept = self._kept  # once: other threads may let go of it
+        if kept is None or kept[0] != state:
+            kept = self._kept = None  # before the next are made: not two tables at once
+            kept = self._kept = state, make()
+        return kept[1]
 
     def end_pass(self, keep: bool) -> None:
         """A pass over the model is over: values are let go unless it read them and they are to be kept."""
         if not (keep and self._read):
-            self._values = None
+            self._kept = None
         self._read = False
 
 
@@ -85,10 +85,15 @@ class ReadableTable(WeightFromCodes):
         nn.Module.__init__(self)
         self.reached = False  # whether training ever used its vectors
         self.last_weight = LastWeight()
-        # Of the dense module: its class, the factor that it applies, and how it makes one vector of many.
+        # Of the dense module: see `stand_in_for`.
         self.dense_class: type = nn.Embedding
-        self.scale = 1.0
+        self.scale, self.rounds_scale = 1.0, False
         self.bag: Bag | None = None
+
+    def stand_in_for(self, dense: nn.Module, scale: float) -> None:
+        """Take over the class of a dense module, its factor, and how it makes one vector of many."""
+        self.dense_class, self.bag = type(dense), Bag.of(dense)
+        self.scale, self.rounds_scale = scale, compat.rounds_scale(dense)
 
     @property
     def itself(self) -> ReadableTable:
@@ -105,7 +110,7 @@ class ReadableTable(WeightFromCodes):
         """As of the scaled embeddings of transformers; others have none."""
         if self.scale == 1:
             raise AttributeError("embed_scale")
-        return torch.tensor(self.scale, device=self.device)
+        return torch.full((), self.scale, device=self.device)
 
     def refuse_offloaded(self, input: Tensor) -> None:
         """Raise ValueError if `input` has values but the table is on the meta device, where offloading leaves it."""

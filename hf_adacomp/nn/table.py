@@ -90,7 +90,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
 
         Args:
             token_counts: Occurrences of each token in the training data, (V,), by which tokens weigh.
-            metric: What errors are measured in, (d, d), from here on: `hf_adacomp.integration.metric`.
+            metric: What errors are measured in, (d, d), from here on: `hf_adacomp.nn.observation`.
             show_progress: Whether to draw a progress bar.
 
         Raises:
@@ -126,8 +126,10 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
                 "AdaptiveCompressedEmbedding is used before its warm start: fitting without token counts. Pass "
                 "token_counts to compress(), or train with AdaCompCallback(), which counts what the training uses"
             )
-        metric = self.require_training("ensure_warm").observation.measured_metric() if self.config.measured else None
-        self.warm_start(metric=metric, show_progress=show_progress)
+        state = self.require_training("ensure_warm")
+        if self.config.measured and (metric := state.observation.measured_metric()) is not None:
+            state.set_metric(metric)  # that of the moment: observation goes on
+        self.warm_start(show_progress=show_progress)
 
     def end_observation(self, show_progress: bool = True) -> None:
         """Fit code-book and selection to what was observed so far; learn lengths from here on."""
@@ -183,7 +185,6 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         """Indices of the bits that are set in a token's code, whose length `code_lengths` tells."""
         if not 0 <= token_id < self.num_embeddings:
             raise IndexError(f"token id {token_id} is out of range for a table of {self.num_embeddings} rows")
-        self.code_lengths()
         codes = self.hard_decoder().codes
         bits = codes.centred(*codes.locate(torch.tensor([token_id], device=self.device)), self.config.ladder[-1])
         return tuple((bits[0] > 0).nonzero().squeeze(1).tolist())
@@ -198,7 +199,9 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.packed = self.require_packed().resized(kept, new_codes)
         self.num_embeddings = self.packed.num_tokens
         if self.padding_idx is not None:
-            self.padding_idx = kept.tolist().index(self.padding_idx)
+            ids = kept.tolist()
+            self.padding_idx = ids.index(self.padding_idx) if self.padding_idx in ids else None  # as transformers does
+            self.zero_padding = self.zero_padding and self.padding_idx is not None
 
     def require_packed(self) -> PackedCodes:
         """The packed codes; ValueError before there are any."""

@@ -83,6 +83,16 @@ def test_resize_token_embeddings_leads_here(counts, tmp_path):
     assert model.resize_token_embeddings().num_embeddings == VOCABULARY - 1
 
 
+def test_a_size_below_the_padding_token_leaves_none(bert, config, counts):
+    pack(compress(bert, config, counts))
+    table, padding = bert.get_input_embeddings(), VOCABULARY - 5
+    table.padding_idx = padding
+    bert.resize_token_embeddings(padding)
+    assert (table.padding_idx, table.zero_padding) == (None, False)
+    bert.resize_token_embeddings(padding + 8)
+    assert bert(torch.tensor([[padding + 7]])).logits.isfinite().all()
+
+
 def test_bad_numbers_are_refused(bert, config, counts):
     model = packed("gpt2", counts)
     with pytest.raises(ValueError, match="must not be negative; got -1"):

@@ -1,8 +1,11 @@
 import pytest
 import torch
+from architectures import TIED
+from conftest import LENGTHS, VOCABULARY
 from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
 from hf_adacomp.nn.dense import checked_scale, checked_table, dense_embedding
 
 
@@ -38,3 +41,14 @@ def test_dense_embedding_computes_the_same(source):
     assert type(again) is type(source)
     assert (again.num_embeddings, again.padding_idx) == (8, source.padding_idx)
     assert torch.equal(again(ids), source(ids))
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("gemma3", True), ("bart", False)])
+def test_half_precision_scales_as_the_dense_model_does(name, rounds):
+    """Gemma rounds its factor to the dtype of the table; Bart does not."""
+    model = TIED[name]().bfloat16().train()
+    dense = model.get_input_embeddings()
+    table = AdaptiveCompressedEmbedding.from_embedding(dense, AdaCompConfig(LENGTHS, target_ratio=3))
+    ids = torch.arange(VOCABULARY)
+    assert table.rounds_scale == rounds
+    assert torch.equal(table.train()(ids), dense(ids))

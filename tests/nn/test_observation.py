@@ -110,6 +110,15 @@ def test_counts_that_were_given_stay(counts, ids):
     assert not torch.equal(table.training_state.metric, torch.eye(DIM))
 
 
+def test_an_evaluation_does_not_end_it(counts, ids):
+    table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, DIM), CONFIG, counts).train()
+    table(ids).square().sum().backward()
+    table.step(0.0)
+    table.eval()(ids)
+    assert table.phase == "observe"
+    assert not torch.equal(table.training_state.metric, torch.eye(DIM))  # it sees what was measured by now
+
+
 @pytest.mark.parametrize(
     ("settings", "given", "phase"),
     [
@@ -146,6 +155,14 @@ def test_broken_gradients_are_left_out_and_told_of(table, ids, factor, caplog):
     assert not found.broken
     assert not found.token_counts.any()
     assert found.measured_metric() is None
+
+
+def test_broken_gradients_at_a_head_are_told_of(table, caplog):
+    head = CompressedHead(table)
+    (head(torch.randn(4, DIM, requires_grad=True)).sum() * float("nan")).backward()
+    table.step(0.1)
+    assert "NaN or Inf" in caplog.text
+    assert not table.training_state.observation.moments.any()
 
 
 def test_gradients_whose_squares_exceed_float32_are_measured(table, ids):

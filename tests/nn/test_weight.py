@@ -226,10 +226,10 @@ def test_read_often_decoded_once_and_let_go(packed, decodings):
             packed(ids)
             packed.weight.sum()
         assert len(decodings) == 1 + 3
-        assert packed.last_weight._values is not None
+        assert packed.last_weight._kept is not None
         packed(ids)
         packed(ids)
-        assert packed.last_weight._values is None
+        assert packed.last_weight._kept is None
 
 
 def test_values_are_decoded_anew_when_something_changed(packed):

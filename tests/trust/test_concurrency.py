@@ -3,6 +3,7 @@
 import gc
 import pickle
 import resource
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,7 +42,30 @@ def test_threads_compute_what_one_does(name, request):
     expected = [logits(model, ids) for ids in batches(40)]
     with ThreadPoolExecutor(THREADS) as threads:
         found = [*threads.map(lambda ids: logits(model, ids), batches(40) * 4)]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected * 4, strict=True))
+    assert all(close(a, b) for a, b in zip(found, expected * 4, strict=True))
+
+
+def test_some_threads_evaluate_while_others_want_gradients(gpt2):
+    """What eval mode keeps is let go by those, and by the next pass: nobody may lose what he is about to use."""
+    table, every = gpt2.get_input_embeddings(), batches(20)
+    expected = [logits(gpt2, ids) for ids in every]
+    total = table.weight.detach().sum()
+
+    def use(number: int) -> torch.Tensor:
+        if number % 3 == 0:
+            with torch.no_grad():
+                return table.weight.sum() - total
+        with torch.set_grad_enabled(number % 3 == 1):
+            return (gpt2(every[number % 20]).logits - expected[number % 20]).abs().max()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns in the middle of everything
+    try:
+        with ThreadPoolExecutor(THREADS) as threads:
+            found = [*threads.map(use, range(600))]
+    finally:
+        sys.setswitchinterval(before)
+    assert max(map(abs, found)) < 1e-3
 
 
 def tensors_alive() -> int:
