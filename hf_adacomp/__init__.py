@@ -14,8 +14,8 @@ Words, each for one thing:
     metric       a matrix that says how much an error in each direction of a vector costs the task
     significance how much the task depends on a direction (measured for the metric) or on a token (analysed)
     observation  what training shows of a table at its beginning: token counts, and the gradients behind the metric
+    calibration  observation from texts without labels, where nothing is trained
     gain         length of a vector of a static model, stored beside its direction
-    calibration  the same from texts without labels, where nothing is trained
     warm start   code-book and selection costs fitted to the source by what was observed
     phase        observe: the source is in use; select: lengths are learned; encode: codes are; packed: bits are stored
 

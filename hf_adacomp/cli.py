@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="commands", required=True)
     dense = "folder or Hub name of a dense model"
     packed = "folder or Hub name of a compressed model"
+    column = "of the texts in a table (default: text or sentence)"
 
     verb = verbs.add_parser(
         "compress",
@@ -71,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--ratio", type=float, default=40.0, help="dense bytes / stored bytes (default: %(default)g)")
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--calibrate", metavar="FILE", type=Path, help="texts: .txt, .csv, .tsv or .jsonl, .gz too")
-    source.add_argument("--counts-from", metavar="FILE.txt", type=Path, help="text to count tokens in, .gz too")
-    verb.add_argument("--column", help="of the texts in a table (default: text or sentence)")
+    source.add_argument("--counts-from", metavar="FILE", type=Path, help="texts to count tokens in")
+    verb.add_argument("--column", help=column)
     verb.add_argument(
         "--report", action="store_true", help="hold out texts of --calibrate and compare dense and packed answers"
     )
@@ -89,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("plot", help="picture of code lengths, by number and by token rank")
     verb.add_argument("model", metavar="DIR", help=packed)
     verb.add_argument("out", metavar="OUT.png", type=Path, help="picture to write: .png, .svg or .pdf")
-    verb.add_argument("--counts-from", metavar="FILE.txt", type=Path, help="text to rank tokens by, .gz too")
+    verb.add_argument("--counts-from", metavar="FILE", type=Path, help="texts to rank tokens by")
+    verb.add_argument("--column", help=column)
     verb.set_defaults(run=_plot)
 
     verb = verbs.add_parser(
@@ -114,6 +116,8 @@ def _compress(args: argparse.Namespace) -> None:
     _refuse_same(args)
     if args.report and args.calibrate is None:
         raise ValueError("--report compares answers to texts of --calibrate: name them")
+    if args.column is not None and args.calibrate is None and args.counts_from is None:
+        raise ValueError(f"--column {args.column} is for the file of --calibrate or --counts-from: name one")
     config = AdaCompConfig(args.code_lengths or "auto", target_ratio=args.ratio, head=args.head)
     texts = None if args.calibrate is None else read_texts(args.calibrate, args.column)
     model = load_model(args.model)
@@ -168,7 +172,7 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     print(f"{size}\n\nlongest codes, late tokens first\n{'id':>8}  {'bits':>5}  token")
     for row in longest:
-        print(f"{row.id:>8}  {row.bits:>5}  {row.token}")
+        print(f"{row.id:>8}  {row.bits:>5}  {'(none)' if row.token is None else row.token}")
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -202,10 +206,15 @@ def _counts(args: argparse.Namespace, model: Any) -> Tensor | None:
     tokenizer = load_tokenizer(args.model, model)
     inner = static_model(model) or transformers_models(model)[0]
     counts = torch.zeros(num_tokens(inner), dtype=torch.int64)
-    texts = read_texts(args.counts_from)
+    texts = read_texts(args.counts_from, args.column)
     for start in trange(0, len(texts), LINES, desc="Counting tokens"):
         batch = texts[start : start + LINES]
         ids = [i for row in tokenizer(batch, truncation=False, verbose=False)["input_ids"] for i in row]
+        if ids and max(ids) >= len(counts):
+            raise ValueError(
+                f"{args.counts_from} holds token id {max(ids)}, but the table has {len(counts)} rows: the tokenizer is "
+                "of another model"
+            )
         counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=len(counts))
     return counts
 

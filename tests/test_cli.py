@@ -55,6 +55,22 @@ def test_compress_without_counts_and_gzipped_counts(toy_model, text, tmp_path, c
     assert capsys.readouterr().out.count("ratio") == 2
 
 
+def test_counts_come_from_a_column_and_fit_the_table(toy_model, tmp_path, capsys):
+    (tmp_path / "text.csv").write_text("query,label\nword1 word2,1\n", encoding="utf-8")
+    command = ["compress", str(toy_model), str(tmp_path / "out"), "--ratio", "10", "--code-lengths", "4", "16"]
+    command += ["--counts-from", str(tmp_path / "text.csv")]
+    assert main([*command, "--column", "query"]) == 0
+    (tmp_path / "odd").mkdir()
+    for file in toy_model.iterdir():
+        (tmp_path / "odd" / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    tokenizer.add_tokens(["word1 word2"])
+    tokenizer.save_pretrained(tmp_path / "odd")
+    command[1] = str(tmp_path / "odd")
+    assert main([*command, "--column", "query"]) == 1
+    assert f"holds token id {len(tokenizer) - 1}, but the table has" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_compress_calibrates_and_reports(toy_model, tmp_path, capsys, kind):
     texts = [f"{' '.join(WORDS[:3])} {word}" for word in WORDS[:100]]
@@ -119,6 +135,7 @@ def test_decompress_gives_a_plain_model(packed, ids, tmp_path):
         (["compress", "{toy}", "{tmp}/out", "--counts-from", "{tmp}/empty.txt"], "holds no text"),
         (["compress", "{toy}", "{tmp}/out", "--calibrate", "{tmp}/empty.txt"], "holds no text"),
         (["compress", "{toy}", "{tmp}/out", "--report"], "--report compares answers to texts of --calibrate"),
+        (["compress", "{toy}", "{tmp}/out", "--column", "text"], "--column text is for the file of --calibrate"),
         (["inspect", "{tmp}/nowhere"], "nowhere"),
     ],
 )

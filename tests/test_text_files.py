@@ -46,3 +46,26 @@ def test_files_without_text_are_refused(tmp_path):
         read_texts(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match="--column text is for"):
         read_texts(write(tmp_path / "texts.txt", "txt"), "text")
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\none,1\n")
+    assert read_texts(tmp_path / "a.csv") == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"a\.jsonl, line 2: not a JSON object.*'\{\"text\":'"),
+        ("a.jsonl", b'"one"\n', r"a\.jsonl, line 1: not a JSON object with a text, but '\"one\"'"),
+        ("a.jsonl", b'{"text": ["one", "two"]}\n', r"column 'text' should hold texts, but has \['one', 'two'\]"),
+        ("a.json", b'[{"text": "one"}]', r"a\.json: \.json is not read. Write a line a text, or one of \.csv"),
+        ("a.csv", b"text\n" + b"x" * 200_000 + b"\n", r"a\.csv cannot be read as \.csv.*field larger than"),
+        ("a.txt", b"\xff\xfe\x00", r"a\.txt cannot be read as \.txt in UTF-8"),
+        ("a.txt.gz", gzip.compress(b"one\n" * 99)[:-9], r"a\.txt\.gz cannot be read as \.txt\.gz"),
+    ],
+)
+def test_damaged_files_are_told_of(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_texts(tmp_path / name)

@@ -65,8 +65,12 @@ def calibrate(
 
     Raises:
         ValueError: For texts that are empty or hold no known token, batches that reach no table, a tokenizer of
-            another vocabulary, tables that are fitted already. Nothing is fitted then.
+            another vocabulary, tables that are fitted already, numbers below 1. Nothing is fitted then.
     """
+    numbers = {"batch_size": batch_size, "max_length": max_length, "measured_batches": measured_batches}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be a positive whole number; got {value!r}")
     tables = require_compressed(model)
     for name, table in tables.items():
         if table.phase != "observe":
@@ -77,7 +81,7 @@ def calibrate(
     seen = _Seen(transformers_models(model)[0], tables)
     batches, tokenizer = batches_of(model, texts_or_batches, tokenizer, batch_size, max_length)
     total = len(batches)  # type: ignore[arg-type]  # what has no length was made a list
-    every = 1 if len(tables) > 1 else math.ceil(total / max(1, measured_batches))
+    every = 1 if len(tables) > 1 else math.ceil(total / measured_batches)
     states = [table.require_training("calibrate") for table in tables.values()]
     generator = torch.Generator().manual_seed(states[0].config.seed)
     try:

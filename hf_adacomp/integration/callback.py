@@ -77,6 +77,7 @@ class AdaCompCallback(TrainerCallback):
         if learning:
             _refuse_sharding()
             _refuse_adapters(model)
+            _refuse_scaled_gradients(args)
         for name, table in learning.items():
             _refuse_other_optimizer(name, table, kwargs.get("optimizer"))
             table.check_size()
@@ -148,6 +149,14 @@ def _refuse_adapters(model: Any) -> None:
         raise ValueError(
             "the model has adapters of PEFT, which freeze the compressed table before it has learned anything and save "
             "without it: train it without adapters, call hf_adacomp.pack(model), save it, then add adapters to that"
+        )
+
+
+def _refuse_scaled_gradients(args: TrainingArguments) -> None:
+    if args.fp16 and not args.max_grad_norm > 0:
+        raise ValueError(
+            f"fp16=True with max_grad_norm={args.max_grad_norm}: the Trainer scales gradients back only to clip them, "
+            "and the table's regularisers would be lost beside those of the loss. Set max_grad_norm, or bf16=True"
         )
 
 

@@ -22,7 +22,8 @@ from ..nn.sharing import SharedEmbedding
 from ..nn.table import GUARD
 
 SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_reach")
-"""What a table's vectors and logits depend on besides its layout; the rest matters to training alone."""
+"""What a table's vectors and logits depend on besides its layout, and `selection_reach`, as files have it; the rest
+matters to training alone."""
 
 MOST_TOKENS = 2**31 - 1
 MOST_BITS = 2**20

@@ -97,7 +97,7 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
     inner = compressed_model(model)
     tables = _packed_tables(inner)
     total, device = tables[0].num_embeddings, tables[0].device
-    kept = torch.arange(tokens) if isinstance(tokens, int) else torch.as_tensor(tokens)
+    kept = torch.arange(max(tokens, 0)) if isinstance(tokens, int) else torch.as_tensor(tokens)
     if kept.dim() != 1 or kept.is_floating_point() or not 0 < len(kept) <= total:
         raise ValueError(f"cannot keep {tokens} of {total} tokens. For more, add_tokens(model, n)")
     if not 0 <= int(kept.min()) <= int(kept.max()) < total or len(kept.unique()) < len(kept):

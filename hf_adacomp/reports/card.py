@@ -74,7 +74,8 @@ def model_card(
         card.text = _put_block(card.text, written.text, "table")
         if results:
             card.text = _put_block(card.text, written.text, "accuracy")
-    _describe(card.data, base_model or _base_model(inner), results, title)
+    library = "sentence-transformers" if is_sentence_model(model) else "transformers"
+    _describe(card.data, library, base_model or _base_model(inner), results, title)
     return card
 
 
@@ -149,9 +150,9 @@ def _is_same(a: EvalResult, b: EvalResult) -> bool:
     return a.unique_identifier == b.unique_identifier and a.metric_type == b.metric_type
 
 
-def _describe(data: Any, base_model: str | None, results: Sequence[EvalResult], title: str) -> None:
+def _describe(data: Any, library: str, base_model: str | None, results: Sequence[EvalResult], title: str) -> None:
     """Add to the metadata what is not there yet; scores replace older ones of the same data and metric."""
-    data.library_name = data.library_name or "transformers"
+    data.library_name = data.library_name or library
     tags = [data.tags] if isinstance(data.tags, str) else list(data.tags or ())
     data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
     if base_model is not None and not data.base_model:

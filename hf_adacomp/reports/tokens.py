@@ -11,9 +11,12 @@ from ..integration.tables import require_compressed
 
 
 class TokenRow(NamedTuple):
-    """A token, its id, its count in the training data (None once packed) and its code length in bits."""
+    """A token, its id, its count in the training data (None once packed) and its code length in bits.
 
-    token: str
+    The tokenizer may have no token of an id: many models pad their tables to a round size.
+    """
+
+    token: str | None
     id: int
     count: int | None  # type: ignore[assignment]  # rows are counted by len(), not tuple.count
     bits: int

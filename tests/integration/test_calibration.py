@@ -254,3 +254,10 @@ def test_encoder_decoders_are_calibrated_on_batches_with_labels():
     batch = {"input_ids": torch.randint(VOCABULARY, (4, 6)), "labels": torch.randint(1, VOCABULARY, (4, 5))}
     calibrate(model, [batch] * 4, show_progress=False)
     assert model.get_input_embeddings().token_counts().sum() > 4 * 24
+
+
+@pytest.mark.parametrize("setting", ["batch_size", "max_length", "measured_batches"])
+def test_numbers_below_one_are_quoted(bert, setting):
+    compress(bert, settings())
+    with pytest.raises(ValueError, match=rf"{setting} must be a positive whole number; got 0"):
+        calibrate(bert, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], **{setting: 0})

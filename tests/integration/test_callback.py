@@ -204,3 +204,10 @@ def test_sharded_training_is_refused_by_name(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("hf_adacomp.compat.distributed_kind", lambda: DistributedType(kind).value)
     with pytest.raises(ValueError, match=f"under {kind} is not supported: it shards .* Train with DDP"):
         trainer.train()
+
+
+def test_gradients_that_stay_scaled_are_refused(tmp_path):
+    trainer = new_trainer(new_model(), tmp_path, [AdaCompCallback()], max_grad_norm=0)
+    trainer.args.fp16 = True  # which transformers refuses without a GPU
+    with pytest.raises(ValueError, match=r"fp16=True with max_grad_norm=0\b.*bf16=True"):
+        trainer.train()

@@ -152,6 +152,7 @@ def test_ids_in_configs_follow_their_tokens(counts):
         (torch.tensor([0.0, 1.0]), "cannot keep"),
         ([1, 2], "cannot drop the padding token 0"),
         (513, "cannot keep 513 of 512 tokens"),
+        (-1, "cannot keep -1 of 512 tokens"),
     ],
 )
 def test_tokens_that_cannot_be_kept_are_quoted(packed_bert, tokens, message):

@@ -3,10 +3,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import close
+from conftest import close, word_tokenizer
 from huggingface_hub import EvalResult, ModelCard
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from hf_adacomp import compress, decompress, model_card, pack, save_model_card, size_report
+from hf_adacomp import AdaCompConfig, compress, decompress, model_card, pack, save_model_card, size_report
 from hf_adacomp.reports.card import PICTURE
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
@@ -38,6 +40,12 @@ def test_saving_writes_a_card(packed_bert, tmp_path):
     assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert repr(packed_bert.get_input_embeddings().config) in card.text
     assert "## Accuracy" not in card.text
+
+
+def test_a_sentence_model_names_its_library():
+    static = StaticEmbedding(word_tokenizer(), embedding_dim=32)
+    model = compress(SentenceTransformer(modules=[static], device="cpu"), AdaCompConfig((4, 8), target_ratio=2))
+    assert model_card(pack(model)).data.library_name == "sentence-transformers"
 
 
 def test_text_and_metadata_of_the_owner_stay(packed_bert, tmp_path):

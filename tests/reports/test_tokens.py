@@ -21,6 +21,12 @@ def test_token_table_lists_every_token(bert, config, counts):
     assert {row[2] for row in token_table(pack(bert), tokenizer)} == {None}
 
 
+def test_rows_beyond_the_tokenizer_have_no_token(packed_bert):
+    words = models.WordLevel({f"word{i}": i for i in range(VOCABULARY - 2)}, unk_token="word0")
+    rows = token_table(packed_bert, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)))
+    assert [row.token for row in rows[-3:]] == [f"word{VOCABULARY - 3}", None, None]
+
+
 def test_needs_a_compressed_model(bert):
     with pytest.raises(ValueError, match="call compress"):
         token_table(bert, None)
