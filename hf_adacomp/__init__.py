@@ -33,6 +33,7 @@ Rooms, each built on those before it:
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import AdaCompConfig
@@ -73,21 +74,21 @@ __all__ = [
 ]
 
 
+# Their modules bring along what loading a model does not need: the Trainer, PEFT, the Hub's cards.
+_LATE = {
+    "AdaCompCallback": ".integration.callback",
+    "export_onnx": ".export.onnx_file",
+    "model_card": ".reports.card",
+    "push_model_card": ".reports.push",
+    "save_model_card": ".reports.card",
+    "token_table": ".reports.tokens",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Their modules bring along what loading a model does not need: the Trainer, PEFT, the Hub's cards.
-    if name == "AdaCompCallback":
-        from .integration import callback as module  # noqa: PLC0415
-    elif name in ("model_card", "save_model_card"):
-        from .reports import card as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of five modules
-    elif name == "export_onnx":
-        from .export import onnx_file as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of five modules
-    elif name == "push_model_card":
-        from .reports import push as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of five modules
-    elif name == "token_table":
-        from .reports import tokens as module  # type: ignore[no-redef]  # noqa: PLC0415  # one of five modules
-    else:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+    return getattr(import_module(_LATE[name], __name__), name)
 
 
 def _write_card(model: Any, folder: str | os.PathLike[str], repo_id: str | None = None) -> None:

@@ -95,6 +95,20 @@ def table(summary: dict, methods: Sequence[str] = METHODS, figure: str = "accura
     return "\n".join(lines)
 
 
+def seeds_table(cells: Cells) -> str:
+    """Mean drop under dense over all tasks of a ratio, a row a seed; each method adds a part to the one before."""
+    methods = ("fixed", "count", NOT_LEARNED, "learned")
+    lines = [f"| ratio | seed | {' | '.join(TITLES[method] for method in methods)} |", "|---|---|---|---|---|---|"]
+    for ratio in sorted({key.ratio for key in cells if key.ratio}):
+        tasks = sorted({key.task for key in cells if key.ratio == ratio})
+        forms = [("dense", None), *((method, ratio) for method in methods)]
+        done = [[cells.done(task, *form) for task in tasks] for form in forms]
+        for seed in sorted(set.intersection(*(set(found) for row in done for found in row))):
+            dense, *ours = (np.mean([found[seed]["test"]["accuracy"] for found in row]) for row in done)
+            lines.append(f"| {ratio:g} | {seed} | {' | '.join(f'{dense - mean:.2f}' for mean in ours)} |")
+    return "\n".join(lines)
+
+
 def information_table(cells: Cells) -> str:
     """Rank correlation of code lengths with information about the label at equal count, a row a seed."""
     lines = ["| task | ratio | method | seed | correlation | p | tokens |", "|---|---|---|---|---|---|---|"]
@@ -127,7 +141,8 @@ def write_report(cells: Cells, folder: Path) -> dict:
     cells.refuse_mixture()
     summary = summarize(cells)
     if summary["rows"]:
-        parts = [table(summary), table(summary, figure="log_loss"), paired_table(summary), information_table(cells)]
+        parts = [table(summary), seeds_table(cells), table(summary, figure="log_loss"), paired_table(summary)]
+        parts.append(information_table(cells))
         tables = "\n\n".join(parts) + "\n"
         print(f"\n{tables}")
         (folder / "tables.md").write_text(tables, encoding="utf-8")

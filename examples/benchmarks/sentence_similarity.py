@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from hf_adacomp import AdaCompConfig, calibrate, compress, pack
-from hf_adacomp.integration.sentence import put_static_model, static_model, tokenizer_of
+from hf_adacomp.integration.sentence import default_prompt, put_static_model, static_model, tokenizer_of
 from hf_adacomp.integration.tables import transformers_models
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # examples/ is no package
@@ -131,7 +131,7 @@ def token_table(model: SentenceTransformer) -> nn.Embedding:
 def count(model: SentenceTransformer, texts: list[str]) -> Tensor:
     """Occurrences of each token in the texts, (V,)."""
     counts = torch.zeros(token_table(model).num_embeddings, dtype=torch.int64)
-    prompt = model.prompts.get(model.default_prompt_name, "")
+    prompt = default_prompt(model)
     for ids in tokenizer_of(model)([prompt + text for text in texts])["input_ids"]:
         counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=len(counts))
     return counts

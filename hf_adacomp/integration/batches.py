@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .sentence import is_sentence_model, tokenizer_of
+from .sentence import default_prompt, is_sentence_model, tokenizer_of
 from .tables import num_tokens, transformers_models
 
 BATCH_SIZE, BATCH_SIZE_OF_LOGITS, MAX_LENGTH = 16, 4, 256
@@ -121,16 +121,9 @@ def text_batches(
         batch_size = BATCH_SIZE if inner.get_output_embeddings() is None else BATCH_SIZE_OF_LOGITS
     longest = getattr(model, "max_seq_length", None) if is_sentence_model(model) else None
     max_length = min(max_length, longest or max_length)
-    return TextBatches(texts, tokenizer, batch_size, max_length, num_tokens(inner), _prompt(model))
+    return TextBatches(texts, tokenizer, batch_size, max_length, num_tokens(inner), default_prompt(model))
 
 
 def _is_text(value: Any) -> bool:
     pair = isinstance(value, (list, tuple)) and len(value) == 2
     return isinstance(value, str) or (pair and all(isinstance(part, str) for part in value))
-
-
-def _prompt(model: Any) -> str:
-    """What a sentence model puts before every text."""
-    name = getattr(model, "default_prompt_name", None)
-    prompt: str = (getattr(model, "prompts", None) or {}).get(name, "") if name is not None else ""
-    return prompt

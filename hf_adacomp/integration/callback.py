@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .. import compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .checkpoint import unfinished_checkpoints
-from .sentence import give_methods
+from .sentence import give_save
 from .sizes import size_report
 from .tables import compressed_embeddings, keep_from_broadcasts, named_modules, require_compressed
 
@@ -69,7 +69,7 @@ class AdaCompCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, tables = kwargs["model"], require_compressed(kwargs["model"])
-        give_methods(model)
+        give_save(model)
         if hasattr(state, BEGUN):
             raise ValueError("AdaCompCallback is twice among the Trainer's callbacks: pass it once")
         setattr(state, BEGUN, True)

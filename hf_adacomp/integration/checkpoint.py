@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import compat
+from .tables import same_table
 
 DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -75,7 +76,7 @@ def check_stored(name: str, expected: Mapping[str, Tensor], stored: Mapping[str,
     """
     for key, tensor in expected.items():
         alike = {full: found for full, found in stored.items() if full.endswith(f".{key}")}
-        named = {full: found for full, found in alike.items() if _same_table(full.removesuffix(f".{key}"), name)}
+        named = {full: found for full, found in alike.items() if same_table(full.removesuffix(f".{key}"), name)}
         holders = named or alike
         if not holders:
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
@@ -86,10 +87,6 @@ def check_stored(name: str, expected: Mapping[str, Tensor], stored: Mapping[str,
                 f"{full} must be {' or '.join(dtypes)} of shape {tuple(tensor.shape)} by the config; the file holds "
                 f"{found.dtype} of shape {found.shape}"
             )
-
-
-def _same_table(a: str, b: str) -> bool:
-    return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
 
 
 def unfinished_checkpoints(folder: str | os.PathLike[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ..config import AdaCompConfig
 from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
 from .quantizer import AdaCompHfQuantizer, attach, detach, refuse_quantized
-from .sentence import give_methods, put_static_embedding, put_static_model, static_model, take_methods
+from .sentence import give_save, put_static_embedding, put_static_model, static_model, take_save
 from .surgery import install, take_out
 from .tables import compressed_embeddings, keep_from_broadcasts, require_compressed, transformers_models
 
@@ -80,7 +80,7 @@ def compress(
             raise
     if static is not None:
         put_static_model(model, static)
-    give_methods(model)
+    give_save(model)
     return model
 
 
@@ -131,7 +131,7 @@ def pack(model: Model) -> Model:
     for embedding in require_compressed(model).values():
         embedding.pack()
     keep_from_broadcasts(model)
-    give_methods(model)
+    give_save(model)
     return model
 
 
@@ -159,5 +159,5 @@ def decompress(model: Model) -> Model:
             take_out(one)
             detach(one)
     put_static_embedding(model)
-    take_methods(model)
+    take_save(model)
     return model

@@ -78,11 +78,15 @@ class AdaCompHfQuantizer(HfQuantizer):
         compat.expect_in_files(model, guards(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            self._check_loaded(model)
+        else:
             install(model, self.quantization_config)
-            give_methods(model)
-            keep_from_broadcasts(model)
-            return model
+        give_methods(model)
+        keep_from_broadcasts(model)
+        return model
+
+    def _check_loaded(self, model: PreTrainedModel) -> None:
         for name, embedding in compressed_embeddings(model).items():
             refuse_missing(name, embedding)
             check_values(name, embedding)
@@ -91,9 +95,6 @@ class AdaCompHfQuantizer(HfQuantizer):
             embedding.train(embedding.training)
         if isinstance(model, StaticModel):  # whose gains stand beside the table
             refuse_missing(model.base_model_prefix, model)
-        give_methods(model)
-        keep_from_broadcasts(model)
-        return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called by `save_pretrained` before it writes: refuse half-trained tables, note layouts, add guards."""

@@ -7,7 +7,6 @@ their lengths, and is saved and loaded by stock classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from importlib import import_module
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,6 +58,13 @@ def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=copied, pad_token=PAD)
 
 
+def default_prompt(model: Any) -> str:
+    """What a sentence model puts before every text unless it is told otherwise; empty for other models."""
+    name = getattr(model, "default_prompt_name", None)
+    prompt: str = (getattr(model, "prompts", None) or {}).get(name, "") if name is not None else ""
+    return prompt
+
+
 def put_static_model(model: Any, static: StaticModel) -> None:
     """Put `static` and mean pooling where the `StaticEmbedding` of `model` stands."""
     modules = _classes()
@@ -93,19 +99,15 @@ def save(model: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) ->
         describe(model, path)
 
 
-METHODS: dict[str, Callable[..., Any]] = {"save": save}
-
-
-def give_methods(model: Any) -> None:
-    """Put our methods before those of the class of a sentence model."""
+def give_save(model: Any) -> None:
+    """Put our `save` before that of the class of a sentence model."""
     if is_sentence_model(model):
-        bind(model, METHODS)
+        bind(model, {"save": save})
 
 
-def take_methods(model: Any) -> None:
-    """Undo `give_methods`."""
-    for name in METHODS:
-        model.__dict__.pop(name, None)
+def take_save(model: Any) -> None:
+    """Undo `give_save`."""
+    model.__dict__.pop("save", None)
 
 
 def _classes() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,32 +78,22 @@ def size_report(model: Any, settled: bool = False) -> SizeReport:
         model: With compressed tables.
         settled: Take the lengths of the last training step or evaluation, and do not solve for those of this moment.
     """
-    parts = []
-    for embedding in require_compressed(model).values():
-        lengths = embedding.code_lengths(settled)
-        tokens = {length: int((lengths == length).sum()) for length in embedding.config.ladder}
-        parts.append(
-            SizeReport(
-                num_tokens=embedding.num_embeddings,
-                dense_bytes=embedding.num_embeddings * embedding.embedding_dim * 4,
-                codes_bytes=sum(group_bytes(list(tokens.values()), list(tokens))),
-                lengths_bytes=packed_bytes(embedding.num_embeddings * index_bits(len(tokens))),
-                codebook_bytes=embedding.codebook.stored_bytes(),
-                tokens_per_length=tokens,
-            )
-        )
-    lengths_found = sorted({length for part in parts for length in part.tokens_per_length})
+    tables = [*require_compressed(model).values()]
+    inner = transformers_models(model)
+    tokens, codes_bytes, lengths_bytes = Counter[int](), 0, 0
+    for table in tables:
+        lengths = table.code_lengths(settled)
+        own = {length: int((lengths == length).sum()) for length in table.config.ladder}
+        codes_bytes += sum(group_bytes([*own.values()], [*own]))
+        lengths_bytes += packed_bytes(table.num_embeddings * index_bits(len(own)))
+        tokens.update(own)
     return SizeReport(
-        num_tokens=sum(part.num_tokens for part in parts),
-        dense_bytes=sum(part.dense_bytes for part in parts),
-        codes_bytes=sum(part.codes_bytes for part in parts),
-        lengths_bytes=sum(part.lengths_bytes for part in parts),
-        codebook_bytes=sum(part.codebook_bytes for part in parts),
-        tokens_per_length={
-            length: sum(part.tokens_per_length.get(length, 0) for part in parts) for length in lengths_found
-        },
-        head_bytes=sum(
-            head.weight.nbytes for inner in transformers_models(model) for head in untied_heads(inner).values()
-        ),
-        gains_bytes=sum(inner.gain_bytes for inner in transformers_models(model) if isinstance(inner, StaticModel)),
+        num_tokens=sum(table.num_embeddings for table in tables),
+        dense_bytes=sum(4 * table.num_embeddings * table.embedding_dim for table in tables),
+        codes_bytes=codes_bytes,
+        lengths_bytes=lengths_bytes,
+        codebook_bytes=sum(table.codebook.stored_bytes() for table in tables),
+        tokens_per_length=dict(sorted(tokens.items())),
+        head_bytes=sum(head.weight.nbytes for one in inner for head in untied_heads(one).values()),
+        gains_bytes=sum(one.gain_bytes for one in inner if isinstance(one, StaticModel)),
     )

@@ -193,14 +193,18 @@ def dense_table(model: PreTrainedModel, name: str, owner: nn.Module) -> DenseTab
     return table
 
 
-def matching_table(model: PreTrainedModel, name: str) -> DenseTable:
-    """The token table stored as `name`, whether it was saved with or without its task head.
+def same_table(a: str, b: str) -> bool:
+    """Whether two module names can be one table's, in a model with and without its task head.
 
     `bert.embeddings.word_embeddings` of a classifier is `embeddings.word_embeddings` of the bare model.
     """
+    return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
+
+
+def matching_table(model: PreTrainedModel, name: str) -> DenseTable:
+    """The token table stored as `name`, whether it was saved with or without its task head."""
     for candidate, module in model.named_modules(remove_duplicate=False):
-        same = candidate == name or candidate.endswith("." + name) or name.endswith("." + candidate)
-        if candidate and same and isinstance(module, TABLES):
+        if candidate and same_table(candidate, name) and isinstance(module, TABLES):
             return dense_table(model, candidate, module)
     raise ValueError(
         f"the file's quantization_config names a compressed table {name!r}, but {type(model).__name__} has no "

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of training progress."""
+"""The schedule of the Gumbel-softmax temperature, a pure function of training progress."""
 
 from __future__ import annotations
 
@@ -24,8 +24,3 @@ def temperature_at(fraction: float, start: float, end: float, select_fraction: f
     if anneal == "cosine":
         return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
     raise ValueError(f"anneal must be 'exponential', 'linear' or 'cosine'; got {anneal!r}")
-
-
-def phase_at(fraction: float, select_fraction: float) -> str:
-    """`"select"` while lengths are learned, `"encode"` from `select_fraction` of training on."""
-    return "encode" if fraction >= select_fraction else "select"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import AdaCompConfig
 from ..fitting.token_counts import checked_counts, expected_counts, token_weights
-from ..lengths.schedule import phase_at, temperature_at
+from ..lengths.schedule import temperature_at
 from ..lengths.selector import LengthSelector, gumbel_noise
 from .observation import Observation
 
@@ -168,7 +168,7 @@ class TrainingState(nn.Module):
             since = max(0.0, fraction - max(done, first))  # a table fitted before training begins to learn no earlier
             self.selector.learn(min(1.0, since / (last - first)) if last > first else 0.0)
             self.selector.price.fill_(self.settle(budget))
-            if phase_at(int(self.progress) / PROGRESS_UNIT, self.config.select_fraction) == "encode":
+            if int(self.progress) / PROGRESS_UNIT >= last:
                 self.stage.fill_(ENCODE)
 
     def hard_assignment(self, budget: int) -> tuple[Tensor, float]:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_adacomp.config import ANNEALS
-from hf_adacomp.lengths.schedule import phase_at, temperature_at
+from hf_adacomp.lengths.schedule import temperature_at
 
 fractions = st.floats(0, 1)
 
@@ -33,11 +33,3 @@ def test_no_selection_has_the_end_temperature_at_once():
 def test_refuses_an_unknown_path():
     with pytest.raises(ValueError, match="got 'step'"):
         temperature_at(0.1, 1.0, 0.3, 0.5, "step")
-
-
-@pytest.mark.parametrize(
-    ("fraction", "select_fraction", "phase"),
-    [(0, 0.5, "select"), (0.499, 0.5, "select"), (0.5, 0.5, "encode"), (0, 0, "encode"), (0.999, 1, "select")],
-)
-def test_phase(fraction, select_fraction, phase):
-    assert phase_at(fraction, select_fraction) == phase

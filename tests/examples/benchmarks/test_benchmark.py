@@ -207,6 +207,19 @@ def test_lengths_that_follow_labels_are_told(example, tmp_path):
     assert told[2:] == ["| task | 80 | lengths not learned | 1 | 0.34 | 1e-09 | 700 |"]
 
 
+def test_drops_are_told_seed_by_seed(example, tmp_path):
+    module = example("cells")
+    cells = module.Cells(tmp_path / "cells.jsonl")
+    drops = {"dense": 0, "fixed": 4, "count": 3, "learned:select_fraction=0": 2, "learned": 1}
+    for seed, methods in enumerate([drops, drops, {"dense": 0, "learned": 1}]):
+        for method, drop in methods.items():
+            for task, more in {"a": 0, "b": seed}.items():
+                key = module.Key(task, method, None if method == "dense" else 80.0, seed)
+                cells.add(key, {"test": {"accuracy": 90 - drop * (1 + more)}})
+    told = example("report").seeds_table(cells).splitlines()
+    assert told[2:] == ["| 80 | 0 | 4.00 | 3.00 | 2.00 | 1.00 |", "| 80 | 1 | 6.00 | 4.50 | 3.00 | 1.50 |"]
+
+
 def test_unknown_names_are_refused(example):
     accuracy = example("accuracy")
     with pytest.raises(ValueError, match=r"unknown methods \['leraned'\]"):
