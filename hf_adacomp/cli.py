@@ -142,6 +142,8 @@ def _calibrate(args: argparse.Namespace, model: Any, texts: list[str]) -> None:
     if held_out:
         held = set(held_out)
         texts = [text for text in texts if text not in held]
+        if not texts:
+            raise ValueError(f"--report holds out all of the {len(held_out)} texts of {args.calibrate}: give more")
         agreement = Agreement(model, text_batches(model, held_out, tokenizer))
     calibrate(model, texts, tokenizer)
     for name, embedding in require_compressed(model).items():

@@ -85,7 +85,9 @@ def forget_ties(part: PreTrainedModel, prefix: str, weights: set[str]) -> None:
 
 
 def remember_ties(part: PreTrainedModel, untied: bool) -> None:
-    """Undo `forget_ties`; no parameter is tied any more where `untied`."""
+    """Undo `forget_ties`, if that was called; no parameter is tied any more where `untied`."""
+    if DENSE_TIES not in part.__dict__:
+        return
     dense_ties = part.__dict__.pop(DENSE_TIES)
     for name in TIES:
         part.__dict__.pop(name, None)

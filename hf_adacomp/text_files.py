@@ -29,7 +29,7 @@ def read_texts(file: Path, column: str | None = None) -> list[str]:
     try:
         with _open(file) as lines:
             texts = [text for text in map(str.strip, _texts(file, lines, column)) if text]
-    except (csv.Error, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except (csv.Error, EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file} cannot be read as {''.join(file.suffixes) or 'text'} in UTF-8: {error}") from error
     if not texts:
         raise ValueError(f"{file} holds no text")

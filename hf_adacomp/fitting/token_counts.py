@@ -18,6 +18,7 @@ RIDGE = 1e-3
 def checked_counts(token_counts: Tensor, num_embeddings: int) -> Tensor:
     """The counts as int64, (V,); ValueError for another shape, negative or non-finite ones."""
     counts = torch.as_tensor(token_counts)
+    counts = counts if counts.is_floating_point() else counts.to(torch.int64)
     if counts.shape != (num_embeddings,):
         raise ValueError(f"token_counts must have shape ({num_embeddings},); got {tuple(counts.shape)}")
     if counts.is_floating_point() and not torch.isfinite(counts).all():

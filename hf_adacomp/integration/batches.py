@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ class TextBatches:
         self.texts = sorted(
             ((prompt + text) if isinstance(text, str) else tuple(text) for text in texts), key=lambda t: len("".join(t))
         )
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.tokenizer, self.batch_size, self.num_tokens = tokenizer, batch_size, num_tokens
         self.max_length = min(max_length, tokenizer.model_max_length)
         padding = tokenizer.pad_token_id
         self.padding = {"input_ids": padding if padding is not None and padding < num_tokens else 0}
@@ -61,6 +62,12 @@ class TextBatches:
 
     def _padded(self, encoded: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
         # By hand: a tokenizer of a language model often has no padding token, and none is needed where it is masked.
+        largest = max(max(row, default=0) for row in encoded["input_ids"])
+        if largest >= self.num_tokens:
+            raise ValueError(
+                f"the texts hold token id {largest}, but the table has {self.num_tokens} rows: the tokenizer is of "
+                "another model"
+            )
         rows = {name: [torch.tensor(row, dtype=torch.int64) for row in values] for name, values in encoded.items()}
         rows.setdefault("attention_mask", [torch.ones_like(row) for row in rows["input_ids"]])
         return {
@@ -117,6 +124,11 @@ def text_batches(
 ) -> TextBatches:
     """Batches of texts as a model takes them: a sentence model puts its default prompt first."""
     inner = transformers_models(model)[0]
+    if "input_ids" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"{type(inner).__name__} reads {inner.main_input_name}, no texts: calibrate it on batches as its training "
+            "has them; on the command line, give texts to --counts-from"
+        )
     if batch_size is None:
         batch_size = BATCH_SIZE if inner.get_output_embeddings() is None else BATCH_SIZE_OF_LOGITS
     longest = getattr(model, "max_seq_length", None) if is_sentence_model(model) else None

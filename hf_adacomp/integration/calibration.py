@@ -57,7 +57,7 @@ def calibrate(
         batch_size: Texts in a batch. By default 16, or 4 if the model makes logits of a vocabulary, which are many.
         max_length: Longer texts are cut to so many tokens.
         measured_batches: So many batches, evenly spread, run through the model; of the others tokens are counted. Of
-            a model with several compressed tables all batches run.
+            a model with several compressed tables, or that reads one text and writes another, all batches run.
         show_progress: Whether to draw progress bars.
 
     Returns:
@@ -81,7 +81,8 @@ def calibrate(
     seen = _Seen(transformers_models(model)[0], tables)
     batches, tokenizer = batches_of(model, texts_or_batches, tokenizer, batch_size, max_length)
     total = len(batches)  # type: ignore[arg-type]  # what has no length was made a list
-    every = 1 if len(tables) > 1 else math.ceil(total / measured_batches)
+    all_run = len(tables) > 1 or seen.inner.config.is_encoder_decoder
+    every = 1 if all_run else math.ceil(total / measured_batches)
     states = [table.require_training("calibrate") for table in tables.values()]
     generator = torch.Generator().manual_seed(states[0].config.seed)
     try:
@@ -156,7 +157,7 @@ class _Seen:
     """
 
     def __init__(self, inner: PreTrainedModel, tables: Mapping[str, AdaptiveCompressedEmbedding]) -> None:
-        self.tables, self.device = tables, inner.device
+        self.inner, self.tables, self.device = inner, tables, inner.device
         self.tokens = torch.zeros(num_tokens(inner), dtype=torch.bool)
         for table in tables.values():
             table.reached = False

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .. import compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .checkpoint import unfinished_checkpoints
+from .quantizer import attach_whole
 from .sentence import give_save
 from .sizes import size_report
 from .tables import compressed_embeddings, keep_from_broadcasts, named_modules, require_compressed
@@ -70,6 +71,7 @@ class AdaCompCallback(TrainerCallback):
     ) -> None:
         model, tables = kwargs["model"], require_compressed(kwargs["model"])
         give_save(model)
+        attach_whole(model)
         if hasattr(state, BEGUN):
             raise ValueError("AdaCompCallback is twice among the Trainer's callbacks: pass it once")
         setattr(state, BEGUN, True)

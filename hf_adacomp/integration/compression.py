@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import compat
 from ..config import AdaCompConfig
 from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
-from .quantizer import AdaCompHfQuantizer, attach, detach, refuse_quantized
+from .quantizer import AdaCompHfQuantizer, attach, attach_whole, detach, refuse_quantized
 from .sentence import give_save, put_static_embedding, put_static_model, static_model, take_save
 from .surgery import install, take_out
 from .tables import compressed_embeddings, keep_from_broadcasts, require_compressed, transformers_models
@@ -59,6 +60,8 @@ def compress(
     Raises:
         ValueError: If the model cannot be compressed; it is then as it was.
     """
+    if not isinstance(config, AdaCompConfig):
+        raise ValueError(f"config must be an AdaCompConfig, such as AdaCompConfig(target_ratio=40); got {config!r}")
     static = static_model(model)
     inner = [static] if static is not None else transformers_models(model)
     if not inner:
@@ -118,7 +121,8 @@ def _compress(
 def pack(model: Model) -> Model:
     """Store the bits of every token and drop what only training needs, in place; returns `model`.
 
-    Lengths that are still being learned are frozen as they are; without any training, that is the warm start.
+    Lengths that are still being learned are frozen as they are; without any training, that is the warm start. A model
+    that was built around a packed one takes over its table by `pack`, too, without which it cannot be saved.
 
     >>> import torch
     >>> from hf_adacomp import AdaCompConfig, compress, pack
@@ -130,6 +134,10 @@ def pack(model: Model) -> Model:
     """
     for embedding in require_compressed(model).values():
         embedding.pack()
+    attach_whole(model)
+    for one in transformers_models(model):
+        if (quantizer := compat.quantizer_of(one)) is not None:
+            quantizer.note_tables(one)  # now: a whole that shares the config of this part saves that alone
     keep_from_broadcasts(model)
     give_save(model)
     return model
@@ -154,6 +162,7 @@ def decompress(model: Model) -> Model:
     unpacked = [name for name, embedding in found.items() if embedding.phase != "packed"]
     if unpacked:
         raise ValueError(f"decompress gives back packed tables, and {unpacked[0]!r} is still in training: pack(model)")
+    attach_whole(model)
     for one in transformers_models(model):
         if compressed_embeddings(one):
             take_out(one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,10 +20,18 @@ from .integrity import (
     refuse_replaced,
     refuse_unfinished,
 )
-from .layout import check_layout, empty_table, guards, table_layout
+from .layout import SEALED_SETTINGS, check_layout, empty_table, guards, table_layout
 from .methods import give_methods, take_methods
 from .surgery import install, put
-from .tables import compressed_embeddings, compressed_heads, config_ties, keep_from_broadcasts, matching_table
+from .tables import (
+    compressed_embeddings,
+    compressed_heads,
+    config_ties,
+    keep_from_broadcasts,
+    matching_table,
+    model_parts,
+    transformers_models,
+)
 
 
 class AdaCompHfQuantizer(HfQuantizer):
@@ -37,8 +44,8 @@ class AdaCompHfQuantizer(HfQuantizer):
     quantization_config: AdaCompConfig
 
     def __init__(self, quantization_config: AdaCompConfig, **kwargs: Any) -> None:
-        # A copy: the layouts of this model's tables are noted in it.
-        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        # A copy, in which the layouts of this model's tables are noted; its settings are checked again.
+        super().__init__(AdaCompConfig(**quantization_config.to_dict()), **kwargs)
         self._checksums: dict[nn.Module, dict[str, int]] = {}  # of tables whose weights are being loaded
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -47,7 +54,8 @@ class AdaCompHfQuantizer(HfQuantizer):
         if not self.quantization_config.tables:
             raise ValueError(
                 "the quantization_config of the model has no `tables`, so that the shapes of its compressed table are "
-                "unknown; save the model again with model.save_pretrained"
+                "unknown. If a part of a larger model was compressed, call hf_adacomp.pack(whole) before the whole is "
+                "saved"
             )
         files = kwargs.get("checkpoint_files")
         stored = None if files is None else stored_tensors(files)
@@ -111,12 +119,20 @@ class AdaCompHfQuantizer(HfQuantizer):
         for name, embedding in embeddings.items():
             refuse_unfinished(name, embedding)
             check_values(name, embedding)
-        tied = [head.embedding for head in heads.values()]
+        self.note_tables(model)
+        return {**model.state_dict(), **guards(model)}, {}
+
+    def note_tables(self, model: PreTrainedModel) -> None:
+        """Note the layouts of the tables as they are now in the config that is saved."""
+        tied = [head.embedding for head in compressed_heads(model).values()]
         self.quantization_config.tables = {
             name: table_layout(embedding, tied_head=any(embedding is owner for owner in tied))
-            for name, embedding in embeddings.items()
+            for name, embedding in compressed_embeddings(model).items()
         }
-        return {**model.state_dict(), **guards(model)}, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """Called by `model.dequantize()`."""
+        raise ValueError("hf_adacomp.decompress(model) gives the plain model with the decoded vectors")
 
     def is_serializable(self) -> bool:
         return True
@@ -141,6 +157,8 @@ def refuse_quantized(model: PreTrainedModel) -> None:
     if isinstance(other, AdaCompConfig) or (quantizer is None and other is None):
         return
     method = getattr(other, "quant_method", None) or (other or {}).get("quant_method", type(quantizer).__name__)
+    if method == QUANT_METHOD:  # a dense model that was made from a compressed one's config
+        return
     raise ValueError(
         f"{type(model).__name__} is quantized already, by {getattr(method, 'value', method)}, and transformers stores "
         "one quantization_config a model: compress the unquantized model and save it; then quantize its linear layers "
@@ -156,10 +174,41 @@ def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:
     keep_from_broadcasts(model)
 
 
+def attach_whole(model: Any) -> None:
+    """Have whole models save the tables of parts that were compressed by themselves: stock code asks the whole alone.
+
+    Raises:
+        ValueError: For parts of different settings, since a config has room for one; for a table that the whole ties.
+    """
+    for whole in transformers_models(model):
+        found = [quantizer for _, part in model_parts(whole) if (quantizer := compat.quantizer_of(part)) is not None]
+        ours = [quantizer for quantizer in found if isinstance(quantizer, AdaCompHfQuantizer)]
+        if not ours or compat.quantizer_of(whole) is not None:
+            continue
+        weights = {f"{name}.weight" for name in (*compressed_embeddings(whole), *compressed_heads(whole))}
+        for pair in compat.tied_weights(whole).items():
+            if len(weights.intersection(pair)) == 1:
+                raise ValueError(
+                    f"{type(whole).__name__} ties {pair[0]!r} to {pair[1]!r}, of which one was compressed with a part "
+                    "of the model: compress the whole"
+                )
+        compat.forget_ties(whole, "", weights)
+        seals = [{name: getattr(one.quantization_config, name) for name in SEALED_SETTINGS} for one in ours]
+        if any(seal != seals[0] for seal in seals):
+            raise ValueError(
+                f"parts of the {type(whole).__name__} are compressed with different settings, {seals}, and its config "
+                "has room for one: compress the whole model, or its parts alike"
+            )
+        attach(whole, ours[0])
+
+
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model saves as a plain one."""
-    compat.quantizer_of(model).remove_quantization_config(model)
-    take_methods(model)
+    """Undo `attach`, also of parts: the model saves as a plain one."""
+    for _, part in model_parts(model):
+        quantizer = compat.quantizer_of(part)
+        if isinstance(quantizer, AdaCompHfQuantizer):
+            quantizer.remove_quantization_config(part)  # type: ignore[no-untyped-call]  # transformers'
+            take_methods(part)
 
 
 def register() -> None:

@@ -29,7 +29,10 @@ def install(
     names = [table.name for table in tables]
     counts = token_counts if isinstance(token_counts, Mapping) else dict.fromkeys(names, token_counts)
     if unknown := set(counts) - set(names):
-        raise ValueError(f"token_counts names {sorted(unknown)}, but the tables to compress are {names}")
+        raise ValueError(
+            f"token_counts names {sorted(map(str, unknown))[:5]}, but the tables to compress are {names}. Counts of a "
+            "table are a tensor (V,), in the order of token ids"
+        )
     compressed = [
         AdaptiveCompressedEmbedding.from_embedding(table.owner, config, counts.get(table.name)) for table in tables
     ]

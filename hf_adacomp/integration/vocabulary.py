@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import KeysView, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,11 @@ Model = TypeVar("Model", bound=Any)
 
 LOGITS_BIAS = "final_logits_bias"
 """Of shape (1, V), of Bart and its kin."""
+
+ID_SETTINGS = ("bad_words_ids", "force_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")
+"""Settings of `generate` that hold token ids, besides those whose names end with `_token_id`."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 STARTS = 32
 """Descents from which a given vector takes the nearest code: one alone may end no nearer than the mean vector."""
@@ -46,7 +51,7 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
         model: With a packed token table, or several of one vocabulary.
         num_tokens: How many tokens N.
         vectors: Their vectors as the embedding returns them, or a static model, (N, d), such as the means of the pieces
-            of new words.
+            of new words; a tensor, an array or lists.
 
     Raises:
         ValueError: For a negative number, vectors of another shape, a model with several vocabularies, or one that
@@ -59,6 +64,7 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     if vectors is not None and len(tables) > 1:
         raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
     before = tables[0].num_embeddings
+    vectors = None if vectors is None else torch.as_tensor(vectors)
     if vectors is None:
         inner.resize_token_embeddings(before + num_tokens)
         return model
@@ -97,9 +103,11 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
     inner = compressed_model(model)
     tables = _packed_tables(inner)
     total, device = tables[0].num_embeddings, tables[0].device
-    kept = torch.arange(max(tokens, 0)) if isinstance(tokens, int) else torch.as_tensor(tokens)
-    if kept.dim() != 1 or kept.is_floating_point() or not 0 < len(kept) <= total:
-        raise ValueError(f"cannot keep {tokens} of {total} tokens. For more, add_tokens(model, n)")
+    kept = _listed(tokens)
+    if kept.dim() != 1 or kept.dtype != torch.int64 or not 0 < len(kept) <= total:
+        raise ValueError(
+            f"cannot keep {tokens} of {total} tokens: give their number or their ids. For more, add_tokens(model, n)"
+        )
     if not 0 <= int(kept.min()) <= int(kept.max()) < total or len(kept.unique()) < len(kept):
         raise ValueError(f"tokens to keep must be different ids from 0 to {total - 1}; got {kept.tolist()[:20]}")
     prefix = torch.equal(kept, torch.arange(len(kept), dtype=kept.dtype, device=kept.device))
@@ -112,11 +120,34 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
         padding = embedding.padding_idx
         if padding is not None and not (kept == padding).any():
             raise ValueError(f"cannot drop the padding token {padding}: keep it, too")
+        if padding is None or (padding < len(kept) and int(kept[padding]) == padding):
+            continue
+        if _positions_start_at(inner, padding):
+            raise ValueError(
+                f"{type(inner).__name__} counts positions from its padding token {padding}, which cannot get another "
+                f"id: give it the place {padding} among the tokens to keep"
+            )
     if not prefix:
         codes = [_codes_for(embedding, 0, None) for embedding in tables]
         _resize(inner, tables, kept.to(device, torch.int64), codes)
     inner.resize_token_embeddings(len(kept))
     return model
+
+
+def _listed(tokens: Any) -> Tensor:
+    """The ids of the first so many tokens, or ids as they are given, in any form that holds whole numbers."""
+    if isinstance(tokens, (Set, KeysView)):
+        tokens = [*tokens]
+    kept = torch.as_tensor(tokens)
+    if kept.dtype not in (torch.bool, *FLOATS) and not kept.is_complex():
+        kept = kept.to(torch.int64)
+    return torch.arange(max(int(kept), 0)) if kept.dim() == 0 and kept.dtype == torch.int64 else kept
+
+
+def _positions_start_at(model: PreTrainedModel, padding: int) -> bool:
+    """Whether a table of positions leaves out the padding token's id, as RoBERTa's, whose positions come after it."""
+    others = (module for module in model.modules() if type(module) is nn.Embedding)
+    return any(module.padding_idx == padding for module in others)
 
 
 def resized_embeddings(
@@ -189,20 +220,42 @@ def _resize(
     text_config.vocab_size = total
     if hasattr(text_config, "decoder_vocab_size"):
         text_config.decoder_vocab_size = total
-    places = dict.fromkeys(range(before)) | {token: place for place, token in enumerate(kept.tolist())}
-    configs = (model.config, text_config, getattr(model, "generation_config", None))
+    _follow(model, dict.fromkeys(range(before)) | {token: place for place, token in enumerate(kept.tolist())})
+
+
+def _follow(model: PreTrainedModel, places: Mapping[int, int | None]) -> None:
+    """Give token ids in configs and modules the places of their tokens."""
+    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
     for config in {id(config): config for config in configs if config is not None}.values():
         _renumber(config, places)
+    for module in model.modules():  # ESM holds the id of its mask
+        for name, value in [*vars(module).items()]:
+            if name.endswith("_token_id") and isinstance(value, int) and places.get(value) is not None:
+                setattr(module, name, places[value])
 
 
 def _renumber(config: Any, places: Mapping[int, int | None]) -> None:
     """Give token ids in a config the places of their tokens, None for dropped ones; ids that never were stay."""
     for name, value in [*vars(config).items()]:
-        if name.endswith("_token_id") and isinstance(value, int):
+        if value is None or not (name.endswith("_token_id") or name in ID_SETTINGS):
+            continue
+        if isinstance(value, int):
             setattr(config, name, places.get(value, value))
-        elif name.endswith("_token_id") and isinstance(value, list):
-            found = [places.get(token, token) for token in value]
-            setattr(config, name, [token for token in found if token is not None])
+        elif name == "sequence_bias":
+            pairs = [(ids, bias) for ids, bias in (value.items() if isinstance(value, dict) else value)]
+            moved = [(_places(ids, places), bias) for ids, bias in pairs]
+            setattr(config, name, [[list(ids), bias] for ids, bias in moved if ids] or None)
+        else:
+            found = _places(value, places)
+            setattr(config, name, found if found or name.endswith("_token_id") else None)
+
+
+def _places(ids: Any, places: Mapping[int, int | None]) -> list[Any]:
+    """Ids, or words of ids, by their places; dropped ids and words with dropped ids are left out."""
+    if any(isinstance(one, (list, tuple)) for one in ids):
+        words = [_places(one, places) if isinstance(one, (list, tuple)) else one for one in ids]
+        return [word for word, one in zip(words, ids, strict=True) if len(word) == len(one)]
+    return [place for one in ids if (place := places.get(one, one)) is not None]
 
 
 def _replace(model: nn.Module, old: nn.Parameter, kept: Tensor, total: int) -> None:

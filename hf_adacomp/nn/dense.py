@@ -13,6 +13,9 @@ from .bag import Bag
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """Classes of dense tables."""
 
+OPTIONS = ("sparse", "max_norm", "scale_grad_by_freq")
+"""Of dense tables, which a compressed one does not have."""
+
 
 def checked_table(embedding: nn.Module) -> Tensor:
     """The table of a plain or scaled `nn.Embedding`, or an `nn.EmbeddingBag`, (V, d).
@@ -24,11 +27,9 @@ def checked_table(embedding: nn.Module) -> Tensor:
     if not isinstance(getattr(embedding, "weight", None), nn.Parameter):
         raise ValueError(f"cannot compress {type(embedding).__name__}: it has no parameter `weight` of its own")
     checked_scale(embedding)
-    if not isinstance(embedding, TABLES) or embedding.sparse or embedding.max_norm is not None:
-        raise ValueError(
-            f"cannot compress an {type(embedding).__name__} with sparse={embedding.sparse} and "
-            f"max_norm={embedding.max_norm}: set sparse=False and max_norm=None first"
-        )
+    if not isinstance(embedding, TABLES) or any(map(vars(embedding).get, OPTIONS)):
+        given = ", ".join(f"{name}={vars(embedding).get(name)}" for name in OPTIONS)
+        raise ValueError(f"cannot compress an {type(embedding).__name__} with {given}: switch these options off first")
     weight = embedding.weight.detach()
     # The extremes tell, NaN included, without a mask as large as the table.
     if not weight.is_meta and weight.numel() and not torch.isfinite(torch.stack(weight.aminmax())).all():

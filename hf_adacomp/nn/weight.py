@@ -66,6 +66,7 @@ class DecodedWeight(Tensor):
         device: Where its values are made.
         make: Makes its values.
         whole: Whether it is the table itself, whose rows can be looked up.
+        detached: Whether it has gradients of its own, as what `detach` returns, and the table does not heed it.
     """
 
     __torch_function__ = compat.NO_TORCH_FUNCTION
@@ -73,13 +74,20 @@ class DecodedWeight(Tensor):
     _table: Table
     _make: Callable[[], Tensor]
     _whole: bool
+    _detached: bool
 
     @staticmethod
     def __new__(
-        cls, table: Table, like: Tensor, device: torch.device, make: Callable[[], Tensor], whole: bool
+        cls,
+        table: Table,
+        like: Tensor,
+        device: torch.device,
+        make: Callable[[], Tensor],
+        whole: bool,
+        detached: bool = False,
     ) -> DecodedWeight:
         weight: DecodedWeight = compat.tensor_without_memory(cls, like, device)
-        weight._table, weight._make, weight._whole = table, make, whole
+        weight._table, weight._make, weight._whole, weight._detached = table, make, whole, detached
         return weight
 
     @classmethod
@@ -120,7 +128,7 @@ class DecodedWeight(Tensor):
         if ids is not None:
             return self._part(like, lambda: self._table.weight_rows(ids))
         if func is aten.detach.default:
-            return DecodedWeight(self._table, like, self.device, self._make, self._whole)
+            return DecodedWeight(self._table, like, self.device, self._make, self._whole, detached=True)
         return self._part(like, lambda: func(self._make(), *args, **kwargs))
 
     def _one_of_many(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> Tensor:
@@ -132,7 +140,7 @@ class DecodedWeight(Tensor):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the table learns; to be set, as on a parameter, it freezes or unfreezes the table."""
+        """Whether the table learns; to be set, as on a parameter: see `requires_grad_`."""
         return bool(Tensor.requires_grad.__get__(self))  # type: ignore[attr-defined]  # a property of C
 
     @requires_grad.setter
@@ -140,7 +148,10 @@ class DecodedWeight(Tensor):
         self.requires_grad_(requires_grad)
 
     def requires_grad_(self, requires_grad: bool = True) -> DecodedWeight:
-        """Freeze or unfreeze the table."""
+        """Freeze or unfreeze the table; of a detached weight, have it gather gradients of its own or not."""
+        if self._detached:
+            super().requires_grad_(requires_grad)
+            return self
         self._table.requires_grad_(requires_grad)
         return self
 

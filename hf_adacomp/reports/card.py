@@ -18,7 +18,7 @@ from .. import compat
 from ..integration.methods import TAGS
 from ..integration.sentence import is_sentence_model
 from ..integration.sizes import size_report
-from ..integration.tables import compressed_model, require_compressed
+from ..integration.tables import compressed_embeddings, require_compressed, transformers_models
 from .plots import can_plot, plot_histogram
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def model_card(
     Returns:
         The new card, or `card`, changed in place.
     """
-    size, tables, inner = size_report(model), require_compressed(model), compressed_model(model)
+    size, tables, inner = size_report(model), require_compressed(model), _first(model)
     title = (repo_id or compat.loaded_from(inner) or type(model).__name__).rstrip("/").split("/")[-1]
     written = ModelCard.from_template(
         ModelCardData(),
@@ -117,6 +117,11 @@ def _draw(model: Any, folder: Path) -> str | None:
         logger.warning("the model card has no picture, because it could not be drawn: %r", error)
         return None
     return PICTURE
+
+
+def _first(model: Any) -> PreTrainedModel:
+    """The first transformers model with compressed tables that `model` is or holds."""
+    return next(inner for inner in transformers_models(model) if compressed_embeddings(inner))
 
 
 def _put_block(text: str, written: str, name: str) -> str:

@@ -20,6 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, calibrate, compress, pack
@@ -261,3 +263,34 @@ def test_numbers_below_one_are_quoted(bert, setting):
     compress(bert, settings())
     with pytest.raises(ValueError, match=rf"{setting} must be a positive whole number; got 0"):
         calibrate(bert, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], **{setting: 0})
+
+
+def test_both_texts_of_a_translation_are_counted():
+    sizes = {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = compress(T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes)), settings(target_ratio=4))
+    batches = [
+        {"input_ids": torch.randint(1, 200, (2, 8)), "labels": torch.randint(300, 500, (2, 8))} for _ in range(8)
+    ]
+    calibrate(model, batches, measured_batches=1)
+    counted = model.get_input_embeddings().token_counts()
+    assert counted[1:200].sum() == 8 * 16
+    assert counted[300:500].sum() > 8 * 12  # the last token of a row is never read
+
+
+def test_what_reads_no_texts_is_told():
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            decoder_start_token_id=1,
+        )
+    )
+    with pytest.raises(ValueError, match=r"Whisper.* reads input_features, no texts.*--counts-from"):
+        calibrate(compress(model, settings(target_ratio=4)), texts(9), word_tokenizer())

@@ -2,20 +2,24 @@ import copy
 
 import pytest
 import torch
-from conftest import LENGTHS, VOCABULARY
+from conftest import LENGTHS, VOCABULARY, close, tiny_bert_config
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
     EncoderDecoderModel,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTModel,
 )
 
-from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, decompress, pack
+from hf_adacomp import AdaCompCallback, AdaCompConfig, AdaptiveCompressedEmbedding, compress, decompress, pack
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -137,3 +141,98 @@ def test_ties_are_asked_of_the_part_that_holds_the_head(head, tmp_path):
         model.save_pretrained(tmp_path / form)
         loaded = EncoderDecoderModel.from_pretrained(tmp_path / form).eval()
         assert torch.allclose(loaded(input_ids=ids, decoder_input_ids=ids).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"target_ratio": 3}, AdaCompConfig, 40, None])
+def test_settings_must_be_a_config(bert, config):
+    with pytest.raises(ValueError, match=r"config must be an AdaCompConfig, such as .*; got "):
+        compress(bert, config)
+
+
+def test_settings_that_were_changed_are_checked_and_save(bert, counts, ids, tmp_path):
+    config = AdaCompConfig(LENGTHS)
+    config.update(target_ratio=32, codebook_dtype="int3")
+    with pytest.raises(ValueError, match=r"codebook_dtype must be .* got 'int3'"):
+        compress(bert, config, counts)
+    config.codebook_dtype = "int8"
+    pack(compress(bert, config, counts)).save_pretrained(tmp_path)
+    assert close(type(bert).from_pretrained(tmp_path)(ids).logits, bert(ids).logits)
+
+
+def test_a_dense_model_of_a_compressed_config_can_be_compressed(packed_bert, counts, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    student = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path))
+    pack(compress(student, AdaCompConfig(LENGTHS, target_ratio=32), counts)).save_pretrained(tmp_path / "student")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").get_input_embeddings().packed
+
+
+def test_dequantize_names_its_counterpart(packed_bert):
+    with pytest.raises(ValueError, match="decompress"):
+        packed_bert.dequantize()
+
+
+def test_counts_of_a_counter_are_told_of(bert, config):
+    with pytest.raises(ValueError, match=r"token_counts names \['1', '2'\], but the tables .* are a tensor \(V,\)"):
+        compress(bert, config, {1: 5, 2: 3})
+
+
+class Whole(PreTrainedModel):
+    """A user's model around one of transformers, with a config of its own."""
+
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = BertModel(config)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.encoder(input_ids).last_hidden_state
+
+
+@pytest.mark.parametrize("way", ["pack part", "pack whole", "callback", "loaded part"])
+def test_a_whole_saves_the_table_of_a_compressed_part(bert, config, counts, ids, tmp_path, way):
+    compress(bert.bert, config, counts)
+    if way == "pack part":
+        pack(bert.bert)
+    elif way == "loaded part":
+        pack(bert.bert).save_pretrained(tmp_path / "part")
+        bert = BertForSequenceClassification(tiny_bert_config())
+        bert.bert = BertModel.from_pretrained(tmp_path / "part")
+    if way in ("pack whole", "loaded part"):
+        pack(bert)
+    if way == "callback":
+        rows = [{"input_ids": row, "labels": i % 2} for i, row in enumerate(ids)]
+        arguments = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no")
+        Trainer(bert, arguments, train_dataset=rows, callbacks=[AdaCompCallback()]).train()
+    bert.eval().save_pretrained(tmp_path / "whole")
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert close(loaded(ids).logits, bert(ids).logits)
+    if way != "pack part":
+        assert type(decompress(bert).get_input_embeddings()) is nn.Embedding
+        assert bert.bert.config.to_dict().get("quantization_config") is None
+
+
+def test_a_whole_with_a_config_of_its_own_saves_parts(bert, config, counts, ids, tmp_path):
+    whole = Whole(tiny_bert_config()).eval()
+    whole.encoder = pack(compress(bert.bert, config, counts))
+    pack(whole).save_pretrained(tmp_path)
+    assert close(Whole.from_pretrained(tmp_path)(ids), whole(ids))
+
+
+def test_parts_of_different_settings_are_told_of(counts, config):
+    whole = EncoderDecoderModel(
+        encoder=BertModel(tiny_bert_config()),
+        decoder=BertLMHeadModel(tiny_bert_config(is_decoder=True, add_cross_attention=True)),
+    )
+    compress(whole.encoder, config, counts)
+    compress(whole.decoder, AdaCompConfig(LENGTHS, target_ratio=16), counts)
+    with pytest.raises(ValueError, match=r"parts of the EncoderDecoderModel are compressed with different settings"):
+        pack(whole)
+
+
+def test_a_whole_that_ties_the_table_of_a_part_is_told_of(config, counts):
+    whole = BertLMHeadModel(tiny_bert_config(is_decoder=True))
+    compress(whole.bert, config, counts)
+    with pytest.raises(ValueError, match=r"ties 'cls.* to 'bert.embeddings.word_.*', .* compress the whole"):
+        pack(whole)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, child_environment
+from conftest import VOCABULARY, WORDS, child_environment
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import (
@@ -18,7 +18,7 @@ from sentence_transformers import (
     SparseEncoder,
 )
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Router, StaticEmbedding, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
@@ -246,3 +246,16 @@ def test_the_command_line_keeps_the_kind_of_model(tmp_path, encoder):
     assert [inner.get_input_embeddings().phase for inner in transformers_models(loaded)] == ["packed"]
     assert np.isfinite(loaded.predict([("w1", "w2")])).all()
     assert "classifier.weight" in load_file(tmp_path / "packed" / "model.safetensors")
+
+
+@pytest.mark.filterwarnings("default:__array_wrap__:DeprecationWarning")  # pandas', of numpy
+def test_a_router_of_two_encoders_saves_and_loads(toy_model, tmp_path):
+    def route() -> list[torch.nn.Module]:
+        return [Transformer(str(toy_model)), Pooling(32, "mean")]
+
+    router = Router.for_query_document(query_modules=route(), document_modules=route())
+    model = SentenceTransformer(modules=[router], device="cpu")
+    pack(compress(model, AdaCompConfig((4, 8, 20), target_ratio=10), 1000 // torch.arange(1, 205)))
+    model.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert close(loaded.encode_document(WORDS[:4]), model.encode_document(WORDS[:4]))

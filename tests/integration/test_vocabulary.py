@@ -1,10 +1,12 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from architectures import TIED, UNTIED
 from conftest import LENGTHS, VOCABULARY, close, same_state
+from transformers import RobertaConfig, RobertaModel
 
 from hf_adacomp import AdaCompConfig, add_tokens, compress, keep_tokens, pack
 from hf_adacomp.integration.vocabulary import STARTS, nearest_codes
@@ -142,9 +144,48 @@ def test_ids_in_configs_follow_their_tokens(counts):
     assert model.get_input_embeddings().padding_idx == 1
 
 
+def test_ids_that_generate_heeds_follow_their_tokens(counts):
+    model = packed("marian", counts)
+    settings = model.generation_config
+    settings.bad_words_ids, settings.force_words_ids = [[511], [7, 9], [7, 300]], [[[9], [300]], [[7]]]
+    settings.suppress_tokens, settings.begin_suppress_tokens = [5, 300], [300]
+    settings.sequence_bias = {(9, 7): 1.5, (300,): 2.0}
+    keep_tokens(model, [*range(8), 9, 511])
+    assert (settings.bad_words_ids, settings.force_words_ids) == ([[9], [7, 8]], [[[7]]])
+    assert (settings.suppress_tokens, settings.begin_suppress_tokens) == ([5], None)
+    assert settings.sequence_bias == [[[8, 7], 1.5]]
+    settings.force_words_ids = None
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=3)
+
+
+def test_a_padding_token_that_positions_start_at_keeps_its_id(counts):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = RobertaModel(RobertaConfig(vocab_size=VOCABULARY, pad_token_id=1, **sizes)).eval()
+    pack(compress(model, AdaCompConfig((4, 8, 32), target_ratio=3), counts))
+    with pytest.raises(ValueError, match=r"counts positions from its padding token 1.*give it the place 1"):
+        keep_tokens(model, [1, 0, 5])
+    before = model(torch.tensor([[5, 7]])).last_hidden_state
+    keep_tokens(model, [7, 1, 5])
+    assert close(model(torch.tensor([[2, 0]])).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("form", [set, dict.fromkeys, np.array, lambda ids: np.array(ids, dtype=np.uint16)])
+def test_ids_are_kept_in_any_form(packed_bert, form):
+    tokens = form([0, 3, 7])
+    assert keep_tokens(packed_bert, tokens.keys() if isinstance(tokens, dict) else tokens).config.vocab_size == 3
+
+
+def test_numbers_and_vectors_of_numpy(counts):
+    model = keep_tokens(packed("gpt2", counts), np.int64(100))
+    vectors = model.get_input_embeddings()(torch.tensor([5, 6])).detach()
+    add_tokens(model, 2, vectors=vectors.numpy())
+    assert add_tokens(model, 2, vectors=vectors.tolist()).config.vocab_size == 104
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
+        ([True, False], "cannot keep"),
         ([], "cannot keep"),
         ([0, 5, 5], "different ids from 0 to 511"),
         ([0, 512], "different ids from 0 to 511"),

@@ -27,9 +27,9 @@ def test_scale_that_is_only_a_name_is_refused():
         checked_scale(Odd(8, 4, 0, embed_scale=3.0))
 
 
-@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 1.0}])
+@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}])
 def test_options_that_would_be_lost_are_refused(options):
-    with pytest.raises(ValueError, match=r"sparse=.* max_norm="):
+    with pytest.raises(ValueError, match=r"sparse=.* max_norm=.*switch these options off"):
         checked_table(nn.Embedding(8, 4, **options))
 
 

@@ -285,3 +285,18 @@ def test_padding_has_no_gradient_as_upstream(config, counts):
         assert not any(parameter.grad is not None and parameter.grad.any() for parameter in table.parameters())
         table(torch.tensor([3, 4])).sum().backward()
         assert any(parameter.grad is not None and parameter.grad.any() for parameter in table.parameters())
+
+
+def test_a_detached_weight_has_gradients_of_its_own(packed):
+    for learns in (True, False):
+        packed.requires_grad_(learns)
+        weight = packed.weight.detach().requires_grad_(not learns)
+        copied = nn.Embedding.from_pretrained(packed.weight, freeze=learns)
+        assert {parameter.requires_grad for parameter in packed.parameters()} == {learns}
+        assert (weight.requires_grad, copied.weight.requires_grad) == (not learns, not learns)
+    ids = torch.tensor([3, 5, 3])
+    nn.functional.embedding(ids, weight).sum().backward()
+    assert weight.grad[[3, 4, 5]].sum(1).tolist() == [64, 0, 32]
+    assert all(parameter.grad is None for parameter in packed.parameters())
+    packed.weight.requires_grad_(True)
+    assert all(parameter.requires_grad for parameter in packed.parameters())
