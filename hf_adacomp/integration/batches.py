@@ -124,7 +124,7 @@ def text_batches(
 ) -> TextBatches:
     """Batches of texts as a model takes them: a sentence model puts its default prompt first."""
     inner = transformers_models(model)[0]
-    if "input_ids" not in inspect.signature(inner.forward).parameters:
+    if inner.main_input_name != "input_ids" and "input_ids" not in inspect.signature(inner.forward).parameters:
         raise ValueError(
             f"{type(inner).__name__} reads {inner.main_input_name}, no texts: calibrate it on batches as its training "
             "has them; on the command line, give texts to --counts-from"

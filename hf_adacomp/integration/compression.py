@@ -136,7 +136,7 @@ def pack(model: Model) -> Model:
         embedding.pack()
     attach_whole(model)
     for one in transformers_models(model):
-        if (quantizer := compat.quantizer_of(one)) is not None:
+        if isinstance(quantizer := compat.quantizer_of(one), AdaCompHfQuantizer):
             quantizer.note_tables(one)  # now: a whole that shares the config of this part saves that alone
     keep_from_broadcasts(model)
     give_save(model)

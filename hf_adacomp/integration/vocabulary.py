@@ -136,8 +136,8 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
 
 def _listed(tokens: Any) -> Tensor:
     """The ids of the first so many tokens, or ids as they are given, in any form that holds whole numbers."""
-    if isinstance(tokens, (Set, KeysView)):
-        tokens = [*tokens]
+    if isinstance(tokens, Set):  # keys of a dict have an order
+        tokens = [*tokens] if isinstance(tokens, KeysView) else sorted(tokens)
     kept = torch.as_tensor(tokens)
     if kept.dtype not in (torch.bool, *FLOATS) and not kept.is_complex():
         kept = kept.to(torch.int64)
@@ -245,7 +245,7 @@ def _renumber(config: Any, places: Mapping[int, int | None]) -> None:
             pairs = [(ids, bias) for ids, bias in (value.items() if isinstance(value, dict) else value)]
             moved = [(_places(ids, places), bias) for ids, bias in pairs]
             setattr(config, name, [[list(ids), bias] for ids, bias in moved if ids] or None)
-        else:
+        elif isinstance(value, (list, tuple)):
             found = _places(value, places)
             setattr(config, name, found if found or name.endswith("_token_id") else None)
 
