@@ -60,7 +60,7 @@ def empty_table(
     shape = layout["num_embeddings"], layout["embedding_dim"]
     source = torch.empty(*shape, device="meta", dtype=dtype)
     table = AdaptiveCompressedEmbedding(*shape, config.with_ladder(ladder), layout["padding_idx"], _source=source)
-    table.zero_padding = layout["zero_padding"]
+    table.zero_padding, table.scale = layout["zero_padding"], layout["scale"]
     if layout["tokens_per_length"] is not None:
         table.become_packed(PackedCodes(shape[0], ladder, layout["tokens_per_length"], device="meta"))
     return table

@@ -79,7 +79,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             new = empty_table(layout, self.quantization_config, table.owner.weight.dtype)
             if stored is not None:  # transformers would make room for whatever the config claims
                 check_stored(stored_name, new.state_dict(), stored)
-            new.stand_in_for(table.owner, layout["scale"])
+            new.stand_in_for(table.owner, new.scale)
             put(model, table, new, self.quantization_config.head)
             new.loading = True
             self._checksums[new] = layout["tensor_checksums"]
