@@ -18,7 +18,7 @@ from tqdm.auto import trange
 from .config import HEADS, AdaCompConfig
 from .export.onnx_file import export_onnx
 from .integration.agreement import Agreement
-from .integration.batches import text_batches
+from .integration.batches import check_ids, text_batches
 from .integration.calibration import calibrate
 from .integration.compression import compress, decompress, pack
 from .integration.sentence import static_model
@@ -211,12 +211,9 @@ def _counts(args: argparse.Namespace, model: Any) -> Tensor | None:
     texts = read_texts(args.counts_from, args.column)
     for start in trange(0, len(texts), LINES, desc="Counting tokens"):
         batch = texts[start : start + LINES]
-        ids = [i for row in tokenizer(batch, truncation=False, verbose=False)["input_ids"] for i in row]
-        if ids and max(ids) >= len(counts):
-            raise ValueError(
-                f"{args.counts_from} holds token id {max(ids)}, but the table has {len(counts)} rows: the tokenizer is "
-                "of another model"
-            )
+        rows = tokenizer(batch, truncation=False, verbose=False)["input_ids"]
+        check_ids(f"{args.counts_from} holds", rows, len(counts))
+        ids = [i for row in rows for i in row]
         counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=len(counts))
     return counts
 

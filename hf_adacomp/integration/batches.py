@@ -62,12 +62,7 @@ class TextBatches:
 
     def _padded(self, encoded: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
         # By hand: a tokenizer of a language model often has no padding token, and none is needed where it is masked.
-        largest = max(max(row, default=0) for row in encoded["input_ids"])
-        if largest >= self.num_tokens:
-            raise ValueError(
-                f"the texts hold token id {largest}, but the table has {self.num_tokens} rows: the tokenizer is of "
-                "another model"
-            )
+        check_ids("the texts hold", encoded["input_ids"], self.num_tokens)
         rows = {name: [torch.tensor(row, dtype=torch.int64) for row in values] for name, values in encoded.items()}
         rows.setdefault("attention_mask", [torch.ones_like(row) for row in rows["input_ids"]])
         return {
@@ -113,6 +108,15 @@ def batches_of(
     if not any("".join(text).strip() for text in texts):
         raise ValueError(f"all {len(texts)} texts are empty: there is nothing to calibrate on")
     return text_batches(model, texts, tokenizer, batch_size, max_length), tokenizer
+
+
+def check_ids(who: str, rows: Iterable[Sequence[int]], num_tokens: int) -> None:
+    """Raise ValueError, which says `who` holds it, for a token id beyond a table of `num_tokens` rows."""
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= num_tokens:
+        raise ValueError(
+            f"{who} token id {largest}, but the table has {num_tokens} rows: the tokenizer is of another model"
+        )
 
 
 def text_batches(

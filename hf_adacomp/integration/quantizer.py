@@ -154,10 +154,10 @@ def refuse_quantized(model: PreTrainedModel) -> None:
     """Raise ValueError if another quantizer is in charge of `model`: a config has room for one."""
     quantizer = compat.quantizer_of(model)
     other = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
-    if isinstance(other, AdaCompConfig) or (quantizer is None and other is None):
+    if quantizer is None and other is None:
         return
     method = getattr(other, "quant_method", None) or (other or {}).get("quant_method", type(quantizer).__name__)
-    if method == QUANT_METHOD:  # a dense model that was made from a compressed one's config
+    if method == QUANT_METHOD:  # ours, or a dense model that was made from a compressed one's config
         return
     raise ValueError(
         f"{type(model).__name__} is quantized already, by {getattr(method, 'value', method)}, and transformers stores "

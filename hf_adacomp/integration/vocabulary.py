@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView, Mapping, Sequence, Set
+from collections.abc import KeysView, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
@@ -17,14 +17,12 @@ from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from ..nn.static import StaticModel
 from .tables import compressed_heads, compressed_model, model_parts, require_compressed, token_tables
+from .token_ids import follow_tokens
 
 Model = TypeVar("Model", bound=Any)
 
 LOGITS_BIAS = "final_logits_bias"
 """Of shape (1, V), of Bart and its kin."""
-
-ID_SETTINGS = ("bad_words_ids", "force_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")
-"""Settings of `generate` that hold token ids, besides those whose names end with `_token_id`."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,10 +62,10 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     if vectors is not None and len(tables) > 1:
         raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
     before = tables[0].num_embeddings
-    vectors = None if vectors is None else torch.as_tensor(vectors)
     if vectors is None:
         inner.resize_token_embeddings(before + num_tokens)
         return model
+    vectors = torch.as_tensor(vectors)
     static = inner if isinstance(inner, StaticModel) and inner.config.gains else None
     targets = vectors if static is None else F.normalize(vectors.float(), dim=-1)  # in half, a zero makes NaN
     codes = _codes_for(tables[0], num_tokens, targets)
@@ -220,42 +218,7 @@ def _resize(
     text_config.vocab_size = total
     if hasattr(text_config, "decoder_vocab_size"):
         text_config.decoder_vocab_size = total
-    _follow(model, dict.fromkeys(range(before)) | {token: place for place, token in enumerate(kept.tolist())})
-
-
-def _follow(model: PreTrainedModel, places: Mapping[int, int | None]) -> None:
-    """Give token ids in configs and modules the places of their tokens."""
-    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
-    for config in {id(config): config for config in configs if config is not None}.values():
-        _renumber(config, places)
-    for module in model.modules():  # ESM holds the id of its mask
-        for name, value in [*vars(module).items()]:
-            if name.endswith("_token_id") and isinstance(value, int) and places.get(value) is not None:
-                setattr(module, name, places[value])
-
-
-def _renumber(config: Any, places: Mapping[int, int | None]) -> None:
-    """Give token ids in a config the places of their tokens, None for dropped ones; ids that never were stay."""
-    for name, value in [*vars(config).items()]:
-        if value is None or not (name.endswith("_token_id") or name in ID_SETTINGS):
-            continue
-        if isinstance(value, int):
-            setattr(config, name, places.get(value, value))
-        elif name == "sequence_bias":
-            pairs = [(ids, bias) for ids, bias in (value.items() if isinstance(value, dict) else value)]
-            moved = [(_places(ids, places), bias) for ids, bias in pairs]
-            setattr(config, name, [[list(ids), bias] for ids, bias in moved if ids] or None)
-        elif isinstance(value, (list, tuple)):
-            found = _places(value, places)
-            setattr(config, name, found if found or name.endswith("_token_id") else None)
-
-
-def _places(ids: Any, places: Mapping[int, int | None]) -> list[Any]:
-    """Ids, or words of ids, by their places; dropped ids and words with dropped ids are left out."""
-    if any(isinstance(one, (list, tuple)) for one in ids):
-        words = [_places(one, places) if isinstance(one, (list, tuple)) else one for one in ids]
-        return [word for word, one in zip(words, ids, strict=True) if len(word) == len(one)]
-    return [place for one in ids if (place := places.get(one, one)) is not None]
+    follow_tokens(model, dict.fromkeys(range(before)) | {token: place for place, token in enumerate(kept.tolist())})
 
 
 def _replace(model: nn.Module, old: nn.Parameter, kept: Tensor, total: int) -> None:
