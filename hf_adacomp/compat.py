@@ -204,6 +204,19 @@ def spare_broadcasts(model: nn.Module, names: Iterable[str]) -> None:
     setattr(model, IGNORED_BY_DDP, [*known, *(name for name in names if name not in known)])
 
 
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+"""Where torch keeps the hooks on a module's passes, which has no public way to list them."""
+
+
+def hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Have a module call the hooks of another, whose handles remove them from both."""
+    new.__dict__.update({name: old.__dict__[name] for name in HOOKS})
+
+
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
     """All children by name; `named_children` leaves out a module's second name."""
     return iter([*module._modules.items()])
@@ -237,17 +250,14 @@ def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 def is_traced() -> bool:
-    """Whether code runs where shapes must not depend on values: compiled, exported, traced, or for many examples."""
+    """Whether only plain operators may run, whose shapes do not depend on values: compiled, exported, transformed."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return bool(traced) or is_vectorized()
+    return bool(traced) or is_transformed()
 
 
-def is_vectorized() -> bool:
-    """Whether `torch.func.vmap` runs the code, for many examples at once. There is no public way to ask."""
-    if torch.compiler.is_compiling():
-        return False
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+def is_transformed() -> bool:
+    """Whether `torch.func.vmap`, `grad` or another of its kin runs the code. There is no public way to ask."""
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.get_interpreter_stack())
 
 
 def check_on_device(condition: Tensor, message: str) -> None:
@@ -255,7 +265,7 @@ def check_on_device(condition: Tensor, message: str) -> None:
 
     Compiled graphs keep the check, too. There is no public way, and not every device has it.
     """
-    if is_vectorized():  # for all examples at once: what `vmap` wraps is a tensor of theirs
+    if is_transformed():  # for all examples at once: what `vmap` wraps is a tensor of theirs
         while torch._C._functorch.is_functorch_wrapped_tensor(condition):
             condition = torch._C._functorch.get_unwrapped(condition)
         condition = condition.all()

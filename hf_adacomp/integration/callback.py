@@ -83,6 +83,12 @@ class AdaCompCallback(TrainerCallback):
         for name, table in learning.items():
             _refuse_other_optimizer(name, table, kwargs.get("optimizer"))
             table.check_size()
+            if not table.weight.requires_grad:
+                logger.warning(
+                    "%s is frozen, so that its codes and code lengths are fitted to the training, and not learned. To "
+                    "let them learn: requires_grad_(True) on it, before the Trainer is made",
+                    name,
+                )
         for table in tables.values():
             table.abandoned = False
 

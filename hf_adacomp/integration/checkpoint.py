@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import compat
+from ..nn.table import GUARD
 from .tables import same_table
 
 DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
@@ -62,7 +63,8 @@ def check_tables(names: Iterable[str], stored: Mapping[str, Stored]) -> None:
     found = sorted(key.removesuffix(f".{mark}") for key in stored for mark in MARKS if key.endswith(f".{mark}"))
     if len(found) > len(names):
         raise ValueError(
-            f"the file holds {len(found)} compressed tables, {found}, but the quantization_config describes {names}"
+            f"the file holds {len(found)} compressed tables, {found}, but the quantization_config describes {names}. A "
+            "model that was built of compressed ones must be packed as a whole, hf_adacomp.pack(whole), and saved again"
         )
 
 
@@ -79,6 +81,7 @@ def check_stored(name: str, expected: Mapping[str, Tensor], stored: Mapping[str,
         named = {full: found for full, found in alike.items() if same_table(full.removesuffix(f".{key}"), name)}
         holders = named or alike
         if not holders:
+            _refuse_dense(name, stored)
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
         dtypes = FLOATS if tensor.is_floating_point() else (DTYPES[tensor.dtype],)
         if not any(found.shape == tuple(tensor.shape) and found.dtype in dtypes for found in holders.values()):
@@ -86,6 +89,17 @@ def check_stored(name: str, expected: Mapping[str, Tensor], stored: Mapping[str,
             raise ValueError(
                 f"{full} must be {' or '.join(dtypes)} of shape {tuple(tensor.shape)} by the config; the file holds "
                 f"{found.dtype} of shape {found.shape}"
+            )
+
+
+def _refuse_dense(name: str, stored: Mapping[str, Stored]) -> None:
+    """Raise ValueError if a file holds a dense table where the config promises a compressed one."""
+    for full, found in stored.items():
+        if same_table(full.removesuffix(f".{GUARD}"), name) and 0 not in found.shape:
+            raise ValueError(
+                f"the file holds a dense table, {full} of shape {found.shape}, under the quantization_config of a "
+                "compressed one: a plain model was made of a compressed model's config. Take quantization_config out "
+                "of config.json; next time, del config.quantization_config before the model is made"
             )
 
 

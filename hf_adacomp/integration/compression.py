@@ -13,6 +13,7 @@ from .. import compat
 from ..config import AdaCompConfig
 from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
+from .integrity import refuse_training
 from .quantizer import AdaCompHfQuantizer, attach, attach_whole, detach, refuse_quantized
 from .sentence import give_save, put_static_embedding, put_static_model, static_model, take_save
 from .surgery import install, take_out
@@ -158,10 +159,7 @@ def decompress(model: Model) -> Model:
     >>> decompress(model).get_input_embeddings()
     Embedding(1000, 64, padding_idx=0)
     """
-    found = require_compressed(model)
-    unpacked = [name for name, embedding in found.items() if embedding.phase != "packed"]
-    if unpacked:
-        raise ValueError(f"decompress gives back packed tables, and {unpacked[0]!r} is still in training: pack(model)")
+    refuse_training(require_compressed(model))
     attach_whole(model)
     for one in transformers_models(model):
         if compressed_embeddings(one):

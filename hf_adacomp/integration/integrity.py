@@ -107,6 +107,13 @@ def compare_checksums(name: str, embedding: AdaptiveCompressedEmbedding, saved: 
             )
 
 
+def refuse_training(embeddings: Mapping[str, AdaptiveCompressedEmbedding]) -> None:
+    """Raise ValueError for tables that are not packed yet."""
+    for name, embedding in embeddings.items():
+        if embedding.phase != "packed":
+            raise ValueError(f"decompress gives back packed tables, and {name!r} is still in training: pack(model)")
+
+
 def refuse_unfinished(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
     """Raise ValueError for a table in training that cannot be resumed."""
     if embedding.training_state is not None and not embedding.training_state.driven:

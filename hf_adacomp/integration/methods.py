@@ -1,4 +1,4 @@
-"""Methods of its own that a compressed model has: resizing, saving and pushing with a card, finding its table."""
+"""Methods of its own that a compressed model has: its state, resizing, saving with a card, finding its table."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import compat
+from .layout import guards
 from .tables import compressed_embeddings
 from .vocabulary import resized_embeddings
 
@@ -37,6 +38,13 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True) and not (Path(save_directory) / SENTENCE_FILE).exists():
         describe(model, save_directory)
+
+
+def state_dict(model: PreTrainedModel, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+    """`nn.Module.state_dict` with guards: a dense model refuses it, also within a larger model's, and unstrictly."""
+    state: dict[str, Any] = type(model).state_dict(model, *args, prefix=prefix, **kwargs)
+    state.update({prefix + name: guard for name, guard in guards(model).items()})
+    return state
 
 
 def set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
@@ -91,6 +99,7 @@ def take_methods(model: PreTrainedModel) -> None:
 
 METHODS: dict[str, Callable[..., Any]] = {
     compat.RESIZED_EMBEDDINGS: resized_embeddings,
+    "state_dict": state_dict,
     "set_input_embeddings": set_input_embeddings,
     "get_submodule": get_submodule,
     "save_pretrained": save_pretrained,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
@@ -18,11 +19,12 @@ from .integrity import (
     refuse_missing,
     refuse_quantized_in_memory,
     refuse_replaced,
+    refuse_training,
     refuse_unfinished,
 )
 from .layout import SEALED_SETTINGS, check_layout, empty_table, guards, table_layout
 from .methods import give_methods, take_methods
-from .surgery import install, put
+from .surgery import install, put, take_out
 from .tables import (
     compressed_embeddings,
     compressed_heads,
@@ -105,7 +107,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             refuse_missing(model.base_model_prefix, model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Called by `save_pretrained` before it writes: refuse half-trained tables, note layouts, add guards."""
+        """Called by `save_pretrained` before it writes: refuse half-trained tables, note layouts."""
         embeddings = compressed_embeddings(model)
         heads = compressed_heads(model)
         refuse_replaced(model, embeddings, heads)
@@ -120,7 +122,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             refuse_unfinished(name, embedding)
             check_values(name, embedding)
         self.note_tables(model)
-        return {**model.state_dict(), **guards(model)}, {}
+        return model.state_dict(), {}
 
     def note_tables(self, model: PreTrainedModel) -> None:
         """Note the layouts of the tables as they are now in the config that is saved."""
@@ -130,9 +132,12 @@ class AdaCompHfQuantizer(HfQuantizer):
             for name, embedding in compressed_embeddings(model).items()
         }
 
-    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-        """Called by `model.dequantize()`."""
-        raise ValueError("hf_adacomp.decompress(model) gives the plain model with the decoded vectors")
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Called by `model.dequantize()`: dense modules in all places of tables, in a model of this dtype."""
+        refuse_training(compressed_embeddings(model))
+        take_out(model)
+        detach(model)
+        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]  # wrapped by transformers
 
     def is_serializable(self) -> bool:
         return True

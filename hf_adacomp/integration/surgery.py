@@ -44,6 +44,7 @@ def put(model: PreTrainedModel, table: DenseTable, embedding: AdaptiveCompressed
     """Put `embedding` in all places of `table`, and tell transformers that they are not tied by their weights."""
     for prefix, part in model_parts(model):
         compat.forget_ties(part, prefix, table.weights)
+    embedding.requires_grad_(table.owner.weight.requires_grad)
     replace_module(model, table.owner, embedding)
     place = Place(model, table.name)
     for shared in table.shared.values():
@@ -63,6 +64,7 @@ def take_out(model: PreTrainedModel) -> None:
     untied = untied_heads(model)
     for embedding in compressed_embeddings(model).values():
         dense = embedding.to_embedding()
+        dense.weight.requires_grad_(embedding.weight.requires_grad)
         for module in list(model.modules()):
             if isinstance(module, SharedEmbedding) and module.embedding is embedding:
                 weight = dense.weight.detach().clone() if untied else dense.weight
@@ -86,7 +88,8 @@ def take_out(model: PreTrainedModel) -> None:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `model` holds `old`."""
+    """Put `new` wherever `model` holds `old`, with the hooks of users and libraries on it."""
+    compat.hand_over_hooks(old, new)
     places = [(parent, name) for parent in model.modules() for name, child in compat.children(parent) if child is old]
     for parent, name in places:
         setattr(parent, name, new)

@@ -24,8 +24,16 @@ class WeightFromCodes(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
+            if self._has(value):
+                return
             raise ValueError(f"the weight of a compressed table cannot be set: it {LOST}")
         super().__setattr__(name, value)
+
+    def _has(self, value: Any) -> bool:
+        """Whether a weight is the one that is there, or what state dicts have for it: ties and swaps set those."""
+        if isinstance(value, DecodedWeight):
+            return value.is_whole(self.weight)
+        return isinstance(value, Tensor) and not value.numel()
 
 
 class LastWeight:

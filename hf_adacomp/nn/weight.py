@@ -155,6 +155,10 @@ class DecodedWeight(Tensor):
         self._table.requires_grad_(requires_grad)
         return self
 
+    def is_whole(self, weight: Any) -> bool:
+        """Whether this is all of a table, and the same as another weight."""
+        return isinstance(weight, DecodedWeight) and self._whole and self._table is weight._table and not self._detached
+
     def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:
         """As of any tensor."""
         return self.clone().numpy(force=force)

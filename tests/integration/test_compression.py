@@ -166,9 +166,29 @@ def test_a_dense_model_of_a_compressed_config_can_be_compressed(packed_bert, cou
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").get_input_embeddings().packed
 
 
-def test_dequantize_names_its_counterpart(packed_bert):
-    with pytest.raises(ValueError, match="decompress"):
-        packed_bert.dequantize()
+def test_a_dense_model_of_a_compressed_config_is_named_when_it_is_loaded(packed_bert, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a dense table, bert\..*weight of .* Take quantization_config out"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_dequantize_decompresses(packed_bert, ids, tmp_path):
+    logits = packed_bert(ids).logits
+    assert packed_bert.dequantize() is packed_bert
+    assert type(packed_bert.get_input_embeddings()) is nn.Embedding
+    assert close(packed_bert(ids).logits, logits)
+    packed_bert.save_pretrained(tmp_path)
+    assert close(type(packed_bert).from_pretrained(tmp_path)(ids).logits, logits)
+
+
+def test_dequantize_takes_a_dtype(packed_bert):
+    assert packed_bert.dequantize(dtype=torch.float16).get_input_embeddings().weight.dtype == torch.float16
+
+
+def test_dequantize_wants_packed_tables(bert, config):
+    with pytest.raises(ValueError, match=r"still in training: pack\(model\)"):
+        compress(bert, config).dequantize()
 
 
 def test_counts_of_a_counter_are_told_of(bert, config):
@@ -218,6 +238,35 @@ def test_a_whole_with_a_config_of_its_own_saves_parts(bert, config, counts, ids,
     whole.encoder = pack(compress(bert.bert, config, counts))
     pack(whole).save_pretrained(tmp_path)
     assert close(Whole.from_pretrained(tmp_path)(ids), whole(ids))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_dense_model_refuses_the_state_of_a_compressed_one(bert, config, counts, strict):
+    compress(bert, config, counts)
+    for state in (bert.state_dict(), pack(bert).state_dict()):
+        with pytest.raises(RuntimeError, match=r"size mismatch for bert.embeddings.word_embeddings.weight"):
+            BertForSequenceClassification(tiny_bert_config()).load_state_dict(state, strict=strict)
+    copied = copy.deepcopy(bert)
+    assert copied.load_state_dict(bert.state_dict()) == ([], [])
+    assert not nn.ModuleDict({"whole": bert}).state_dict()["whole.bert.embeddings.word_embeddings.weight"].numel()
+
+
+def test_a_whole_that_was_never_packed_does_not_load_at_random(bert, config, counts, tmp_path):
+    whole = Whole(tiny_bert_config())
+    whole.encoder = pack(compress(bert.bert, config, counts))
+    whole.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatched"):
+        Whole.from_pretrained(tmp_path)
+
+
+def test_two_parts_of_a_whole_that_was_never_packed_are_told_of(config, counts, tmp_path):
+    parts = {"enc": BertModel(tiny_bert_config()), "dec": BertLMHeadModel(tiny_bert_config(is_decoder=True))}
+    for name, part in parts.items():
+        pack(compress(part, config, counts)).save_pretrained(tmp_path / name)
+    whole = EncoderDecoderModel.from_encoder_decoder_pretrained(tmp_path / "enc", tmp_path / "dec")
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"holds 2 compressed tables.* hf_adacomp.pack\(whole\)"):
+        EncoderDecoderModel.from_pretrained(tmp_path / "whole")
 
 
 def test_parts_of_different_settings_are_told_of(counts, config):

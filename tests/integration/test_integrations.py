@@ -207,6 +207,31 @@ def test_gradients_of_single_examples(name, counts, ids):
             vmap(grad(loss), (None, 0))(learning, ids + beyond)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_gradients_by_torch_func(name, training, counts):
+    model = packed(name, counts).train(training)
+    learning = {key: p.detach() for key, p in model.named_parameters()}
+    ids = torch.randint(0, VOCABULARY, (2, 20))  # as many positions as a head scores by blocks
+
+    def loss(parameters):
+        torch.manual_seed(0)  # of dropout
+        return functional_call(model, parameters, (ids,)).logits.logsumexp(-1).sum()
+
+    found = grad(loss)(learning)
+    loss({}).backward()
+    for key, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert close(found[key], expected, 1e-4), key
+
+
+def test_functional_calls_take_the_state_dict(counts, ids):
+    model, other = packed("gpt2", counts), packed("gpt2", counts.flip(0))
+    logits = functional_call(other, model.state_dict(), (ids,)).logits
+    assert logits.shape == model(ids).logits.shape
+    assert other.lm_head.weight is other.get_input_embeddings().weight
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_traces_for_any_shape(counts, ids):
     table = packed("bert", counts).get_input_embeddings()

@@ -131,6 +131,45 @@ def test_training_mode_of_the_table_is_kept_both_ways(training, counts):
     assert model.get_input_embeddings().training == training
 
 
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_frozen_table_stays_frozen_both_ways(learning, counts):
+    model = TIED["gpt2"]()
+    model.get_input_embeddings().requires_grad_(learning)
+    install(model, settings(), counts)
+    table = model.get_input_embeddings()
+    assert {parameter.requires_grad for parameter in table.parameters()} == {learning}
+    pack(model)
+    take_out(model)
+    assert model.get_input_embeddings().weight.requires_grad == learning
+
+
+@pytest.mark.parametrize("name", ["bart", "llama"])
+def test_hooks_are_handed_over_both_ways(name, counts):
+    model, seen = {**TIED, **UNTIED}[name]().eval(), []
+    note = lambda module, args, output: seen.append(type(module).__name__)  # noqa: E731
+    handles = [
+        module.register_forward_hook(note) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    ids = torch.arange(6)[None]
+    model.enable_input_require_grads()
+    install(model, settings(), counts)
+    model(ids)
+    assert "AdaptiveCompressedEmbedding" in seen
+    assert seen[-1] == ("CompressedHead" if name == "bart" else "Linear")
+    model.get_input_embeddings().requires_grad_(False)
+    assert model.get_input_embeddings()(ids).requires_grad
+    pack(model)
+    take_out(model)
+    seen.clear()
+    model(ids)
+    assert seen[-1] == "Linear"
+    for handle in handles:
+        handle.remove()
+    before = len(seen)
+    model(ids)
+    assert len(seen) == before
+
+
 def test_a_module_is_replaced_wherever_it_stands():
     model, old, new = nn.Module(), nn.Linear(1, 1), nn.Linear(1, 1)
     model.first = model.second = old

@@ -211,13 +211,14 @@ def test_everything_may_be_unfrozen(model, rows, tmp_path):
     assert model.get_input_embeddings().phase == "packed"
 
 
-def test_frozen_table_stays_frozen(model, rows, tmp_path):
+def test_frozen_table_stays_frozen(model, rows, tmp_path, caplog):
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
     trainer(model, tmp_path, rows).train()
     assert model.get_input_embeddings().phase == "packed"
     free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert free == {"classifier.weight", "classifier.bias"}
+    assert "bert.embeddings.word_embeddings is frozen, so that its codes" in caplog.text
 
 
 def test_resuming_with_fewer_steps_ends_at_once(model, rows, tmp_path):

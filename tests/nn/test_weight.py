@@ -163,6 +163,15 @@ def test_it_cannot_be_set(packed, value):
             module.weight = value
 
 
+def test_it_may_be_set_to_itself(packed):
+    for module in (packed, CompressedHead(packed), SharedEmbedding(packed)):
+        module.weight = packed.weight
+        module.weight = torch.zeros(0)  # as state dicts have it
+        assert module.weight is packed.weight
+        with pytest.raises(ValueError, match="cannot be set"):
+            module.weight = packed.weight[:5]
+
+
 def test_others_may_be_written_with_its_values(packed):
     target = torch.zeros(VOCABULARY, 32)
     target.copy_(packed.weight.detach())
