@@ -80,6 +80,16 @@ class PackedCodes(KeptDtype):
         packed.index()
         return packed
 
+    @classmethod
+    def room_for(cls, length_indices: Tensor, codes: Tensor, num_tokens: int, ladder: Sequence[int]) -> PackedCodes:
+        """Room for stored codes, whose lengths tell how many tokens have each; ValueError if they are of others."""
+        if len(length_indices) == packed_bytes(num_tokens * index_bits(len(ladder))):
+            assignment = unpack_assignment(length_indices, num_tokens, len(ladder))
+            tokens = torch.bincount(assignment.to(torch.int64), minlength=len(ladder)).tolist()
+            if len(tokens) == len(ladder) and len(codes) == sum(group_bytes(tokens, ladder)):
+                return cls(num_tokens, ladder, tokens, device=codes.device)
+        raise ValueError(f"the codes are not of {num_tokens} tokens with code lengths {tuple(ladder)}")
+
     def resized(self, kept: Tensor, new_codes: Tensor) -> PackedCodes:
         """A copy for some tokens, int64 (K,), in that order, and new ones with centred bits (N, L), of the longest."""
         lengths, starts = self.locate(kept)

@@ -34,6 +34,9 @@ class AdaptiveCompressedEmbedding(CodedTable):
     In eval mode the module computes, in every phase, what it would compute if it were packed at that moment: hard
     lengths that keep the budget of `config.target_ratio`, hard bits, code vectors as stored.
 
+    One that is made by this class itself has a random table; it takes the state dict of a packed one, which makes it
+    packed, too: so are modules loaded that `from_pretrained` does not know.
+
     Takes and refuses the same inputs as `nn.Embedding`: integer ids of any shape, `IndexError` out of range. The row of
     `padding_idx` is zero if the source's was.
 
@@ -70,7 +73,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.diverged = False  # whether the task's last gradients were NaN or Inf
         self.movement = Movement()
         self.loading = False  # whether weights are on their way in and have not been checked yet
-        if _source is None:
+        self.anew = _source is None
+        if self.anew:
             self.budget()  # refuse an impossible size here rather than at the warm start
 
     @classmethod
