@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import compat
+from . import transformers_compat
 from .integration.methods import SENTENCE_FILE
 from .integration.sentence import is_sentence_model, tokenizer_of
 
@@ -22,12 +22,12 @@ MODULES_FILE = "modules.json"
 
 def load_model(name: str) -> Any:
     """The model with the head, or the modules of sentence-transformers, that it was saved with."""
-    if compat.file_of(name, MODULES_FILE) is not None:
+    if transformers_compat.file_of(name, MODULES_FILE) is not None:
         try:
             library = import_module("sentence_transformers")
         except ModuleNotFoundError as error:
             raise ValueError(f"{name} is a sentence-transformers model: pip install sentence-transformers") from error
-        settings = compat.file_of(name, SENTENCE_FILE)
+        settings = transformers_compat.file_of(name, SENTENCE_FILE)
         kind = "SentenceTransformer" if settings is None else json.loads(Path(settings).read_text()).get("model_type")
         return getattr(library, kind or "SentenceTransformer")(name, device="cpu")
     config = AutoConfig.from_pretrained(name)
@@ -43,7 +43,7 @@ def load_tokenizer(name: str, model: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that was loaded by `name`; ValueError if there is none."""
     if is_sentence_model(model):
         return tokenizer_of(model)
-    if not compat.file_of(name, TOKENIZER_FILE):
+    if not transformers_compat.file_of(name, TOKENIZER_FILE):
         raise ValueError(f"{name} has no tokenizer ({TOKENIZER_FILE}): save it there with save_pretrained")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     return tokenizer
@@ -52,5 +52,5 @@ def load_tokenizer(name: str, model: Any) -> PreTrainedTokenizerBase:
 def save_model(model: Any, name: str, out: Path) -> None:
     """Save a model that was loaded by `name`, with the tokenizer that lies there."""
     model.save_pretrained(str(out))
-    if not is_sentence_model(model) and compat.file_of(name, TOKENIZER_FILE):
+    if not is_sentence_model(model) and transformers_compat.file_of(name, TOKENIZER_FILE):
         load_tokenizer(name, model).save_pretrained(out)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import compat
+from .. import torch_compat
 
 BLOCK = 32
 """Tokens that share one row of prefix counts; a multiple of 8, so that their length indices fill whole bytes."""
@@ -121,7 +121,7 @@ def pack_nibbles(integers: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor, dim: int, dtype: torch.dtype = torch.int8) -> Tensor:
     """Undo `pack_nibbles`: uint8 (L, ceil(d / 2)) -> (L, d) of `dtype`."""
     # The shift of bytes is twice as fast.
-    high = shifted(packed.to(torch.int32), 4, 15).to(torch.uint8) if compat.is_traced() else packed >> 4
+    high = shifted(packed.to(torch.int32), 4, 15).to(torch.uint8) if torch_compat.is_traced() else packed >> 4
     halves = torch.cat([packed & 15, high], dim=1)
     return halves.to(dtype).sub_(8)[:, :dim]
 

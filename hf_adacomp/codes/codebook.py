@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import compat
+from .. import torch_compat
 from ..config import FLOAT_DTYPES, INTEGER_BITS
 from .bits import pack_nibbles, unpack_nibbles
 from .descent import BinaryStep, decide_bits
@@ -128,10 +128,10 @@ class BinaryCodebook(nn.Module):
         Rounds or unpacks all code vectors: call it once a forward pass. Packed, in eval mode and without gradients the
         floats are kept, until training begins or a tensor is another.
         """
-        if not self.packed or self.training or torch.is_grad_enabled() or compat.is_traced():
+        if not self.packed or self.training or torch.is_grad_enabled() or torch_compat.is_traced():
             self._kept = None
             return self._decoded()
-        state = compat.state_of((self.weight, self.bias, self.scale if self.integer_bits else self.bias))
+        state = torch_compat.state_of((self.weight, self.bias, self.scale if self.integer_bits else self.bias))
         kept = self._kept  # once: other threads may let go of it
         if kept is None or kept[0] != state:
             kept = self._kept = state, self._decoded()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import compat
-from ..compat import KeptDtype
+from .. import torch_compat
+from ..torch_compat import KeptDtype
 from .bits import (
     BLOCK,
     block_ranks,
@@ -123,7 +123,7 @@ class PackedCodes(KeptDtype):
         From an index of all tokens, which is kept once it was asked for; graphs, whose constants are stored, do
         without.
         """
-        if compat.is_traced():
+        if torch_compat.is_traced():
             lengths, inside = self._locate(tokens)
             return lengths, self._starts(lengths, inside)
         if self._located is None or self._located[0].device != self.codes.device:

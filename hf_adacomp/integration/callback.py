@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .. import compat
+from .. import transformers_compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .checkpoint import unfinished_checkpoints
 from .quantizer import attach_whole
@@ -121,7 +121,7 @@ class AdaCompCallback(TrainerCallback):
         if embedding.phase != "observe":  # nothing is compressed until then
             report = size_report(kwargs["model"], settled=True)
             values |= {"adacomp/bits_per_token": report.bits_per_token, "adacomp/ratio": report.ratio}
-        compat.add_to_log(state, kwargs["logs"], values)
+        transformers_compat.add_to_log(state, kwargs["logs"], values)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,7 +144,7 @@ class AdaCompCallback(TrainerCallback):
 
 
 def _refuse_sharding() -> None:
-    kind = compat.distributed_kind()
+    kind = transformers_compat.distributed_kind()
     if kind in SHARDING:
         raise ValueError(
             f"training a compressed table under {kind} is not supported: it shards what every process needs "

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .. import compat
+from .. import transformers_compat
 from ..nn.table import GUARD
 from .tables import same_table
 
@@ -105,7 +105,9 @@ def _refuse_dense(name: str, stored: Mapping[str, Stored]) -> None:
 
 def unfinished_checkpoints(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Checkpoints in `folder` that the Trainer was killed in the middle of writing, and what is wrong with each."""
-    found = {path.name: _fault(path) for path in sorted(Path(folder).glob(f"{compat.checkpoint_prefix()}-*"))}
+    found = {
+        path.name: _fault(path) for path in sorted(Path(folder).glob(f"{transformers_compat.checkpoint_prefix()}-*"))
+    }
     return {name: fault for name, fault in found.items() if fault}
 
 

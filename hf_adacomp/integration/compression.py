@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import compat
+from .. import transformers_compat
 from ..config import AdaCompConfig
 from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
@@ -137,7 +137,7 @@ def pack(model: Model) -> Model:
         embedding.pack()
     attach_whole(model)
     for one in transformers_models(model):
-        if isinstance(quantizer := compat.quantizer_of(one), AdaCompHfQuantizer):
+        if isinstance(quantizer := transformers_compat.quantizer_of(one), AdaCompHfQuantizer):
             quantizer.note_tables(one)  # now: a whole that shares the config of this part saves that alone
     keep_from_broadcasts(model)
     give_save(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import compat
+from .. import transformers_compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from .layout import tensor_checksums
@@ -68,7 +68,7 @@ def refuse_missing(name: str, embedding: nn.Module) -> None:
         )
     # transformers marks what it loaded, and fills what the file lacked with uninitialised memory.
     for key, tensor in _stored(embedding):
-        if not compat.is_loaded(tensor):
+        if not transformers_compat.is_loaded(tensor):
             raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
 
 

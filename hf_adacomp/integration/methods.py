@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import compat
+from .. import transformers_compat
 from .layout import guards
 from .tables import compressed_embeddings
 from .vocabulary import resized_embeddings
@@ -75,7 +75,7 @@ def upload_files(
 ) -> Any:
     """The last step of `push_to_hub`, by when the card of the Hub lies in `working_dir`: our part goes into it."""
     describe(model, working_dir, repo_id=repo_id)
-    return compat.upload_files(model, working_dir, repo_id, *args, **kwargs)
+    return transformers_compat.upload_files(model, working_dir, repo_id, *args, **kwargs)
 
 
 def bind(model: Any, methods: Mapping[str, Callable[..., Any]]) -> None:
@@ -98,12 +98,12 @@ def take_methods(model: PreTrainedModel) -> None:
 
 
 METHODS: dict[str, Callable[..., Any]] = {
-    compat.RESIZED_EMBEDDINGS: resized_embeddings,
+    transformers_compat.RESIZED_EMBEDDINGS: resized_embeddings,
     "state_dict": state_dict,
     "set_input_embeddings": set_input_embeddings,
     "get_submodule": get_submodule,
     "save_pretrained": save_pretrained,
-    compat.UPLOAD_FILES: upload_files,
+    transformers_compat.UPLOAD_FILES: upload_files,
 }
 
 

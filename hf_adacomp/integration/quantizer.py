@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .. import compat
+from .. import transformers_compat
 from ..config import QUANT_METHOD, AdaCompConfig
 from ..nn.static import StaticModel
 from .checkpoint import check_stored, check_tables, stored_tensors
@@ -85,7 +85,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             put(model, table, new, self.quantization_config.head)
             new.loading = True
             self._checksums[new] = layout["tensor_checksums"]
-        compat.expect_in_files(model, guards(model))
+        transformers_compat.expect_in_files(model, guards(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
@@ -157,7 +157,7 @@ class AdaCompHfQuantizer(HfQuantizer):
 
 def refuse_quantized(model: PreTrainedModel) -> None:
     """Raise ValueError if another quantizer is in charge of `model`: a config has room for one."""
-    quantizer = compat.quantizer_of(model)
+    quantizer = transformers_compat.quantizer_of(model)
     other = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
     if quantizer is None and other is None:
         return
@@ -174,7 +174,7 @@ def refuse_quantized(model: PreTrainedModel) -> None:
 def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:
     """Make `save_pretrained` and `Trainer` treat `model` as one that `from_pretrained` had compressed."""
     model.config.quantization_config = quantizer.quantization_config
-    compat.set_quantizer(model, quantizer)
+    transformers_compat.set_quantizer(model, quantizer)
     give_methods(model)
     keep_from_broadcasts(model)
 
@@ -186,18 +186,22 @@ def attach_whole(model: Any) -> None:
         ValueError: For parts of different settings, since a config has room for one; for a table that the whole ties.
     """
     for whole in transformers_models(model):
-        found = [quantizer for _, part in model_parts(whole) if (quantizer := compat.quantizer_of(part)) is not None]
+        found = [
+            quantizer
+            for _, part in model_parts(whole)
+            if (quantizer := transformers_compat.quantizer_of(part)) is not None
+        ]
         ours = [quantizer for quantizer in found if isinstance(quantizer, AdaCompHfQuantizer)]
-        if not ours or compat.quantizer_of(whole) is not None:
+        if not ours or transformers_compat.quantizer_of(whole) is not None:
             continue
         weights = {f"{name}.weight" for name in (*compressed_embeddings(whole), *compressed_heads(whole))}
-        for pair in compat.tied_weights(whole).items():
+        for pair in transformers_compat.tied_weights(whole).items():
             if len(weights.intersection(pair)) == 1:
                 raise ValueError(
                     f"{type(whole).__name__} ties {pair[0]!r} to {pair[1]!r}, of which one was compressed with a part "
                     "of the model: compress the whole"
                 )
-        compat.forget_ties(whole, "", weights)
+        transformers_compat.forget_ties(whole, "", weights)
         seals = [{name: getattr(one.quantization_config, name) for name in SEALED_SETTINGS} for one in ours]
         if any(seal != seals[0] for seal in seals):
             raise ValueError(
@@ -210,7 +214,7 @@ def attach_whole(model: Any) -> None:
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`, also of parts: the model saves as a plain one."""
     for _, part in model_parts(model):
-        quantizer = compat.quantizer_of(part)
+        quantizer = transformers_compat.quantizer_of(part)
         if isinstance(quantizer, AdaCompHfQuantizer):
             quantizer.remove_quantization_config(part)  # type: ignore[no-untyped-call]  # transformers'
             take_methods(part)
@@ -218,4 +222,4 @@ def detach(model: PreTrainedModel) -> None:
 
 def register() -> None:
     """Make `quant_method: "adacomp"` known to transformers; once."""
-    compat.register_quant_method(QUANT_METHOD, AdaCompConfig, AdaCompHfQuantizer)
+    transformers_compat.register_quant_method(QUANT_METHOD, AdaCompConfig, AdaCompHfQuantizer)

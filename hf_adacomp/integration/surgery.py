@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import compat
+from .. import torch_compat, transformers_compat
 from ..config import AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
@@ -43,7 +43,7 @@ def install(
 def put(model: PreTrainedModel, table: DenseTable, embedding: AdaptiveCompressedEmbedding, head: str) -> None:
     """Put `embedding` in all places of `table`, and tell transformers that they are not tied by their weights."""
     for prefix, part in model_parts(model):
-        compat.forget_ties(part, prefix, table.weights)
+        transformers_compat.forget_ties(part, prefix, table.weights)
     embedding.requires_grad_(table.owner.weight.requires_grad)
     replace_module(model, table.owner, embedding)
     place = Place(model, table.name)
@@ -84,12 +84,14 @@ def take_out(model: PreTrainedModel) -> None:
             if head.bias is not None:
                 head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
     for _, part in model_parts(model):
-        compat.remember_ties(part, untied=bool(untied))
+        transformers_compat.remember_ties(part, untied=bool(untied))
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `model` holds `old`, with the hooks of users and libraries on it."""
-    compat.hand_over_hooks(old, new)
-    places = [(parent, name) for parent in model.modules() for name, child in compat.children(parent) if child is old]
+    torch_compat.hand_over_hooks(old, new)
+    places = [
+        (parent, name) for parent in model.modules() for name, child in torch_compat.children(parent) if child is old
+    ]
     for parent, name in places:
         setattr(parent, name, new)

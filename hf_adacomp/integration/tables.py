@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import compat
+from .. import torch_compat, transformers_compat
 from ..nn.bag import Bag
 from ..nn.dense import TABLES, checked_table
 from ..nn.embedding import AdaptiveCompressedEmbedding
@@ -101,7 +101,7 @@ def keep_from_broadcasts(model: Any) -> None:
     """Have DDP leave the buffers of a model's tables alone: they are constants, and as large as the table."""
     if isinstance(model, nn.Module):
         tables = compressed_embeddings(model).items()
-        compat.spare_broadcasts(
+        torch_compat.spare_broadcasts(
             model, [f"{name}.{buffer}" for name, table in tables for buffer, _ in table.named_buffers()]
         )
 
@@ -224,7 +224,7 @@ def model_parts(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
 def _tied_to(model: PreTrainedModel, weight: str) -> set[str]:
     """Names of all parameters that the model declares to be the same as `weight`."""
     found = {weight}
-    for a, b in [*compat.tied_weights(model).items()] * 2:  # twice: both may be tied to a third
+    for a, b in [*transformers_compat.tied_weights(model).items()] * 2:  # twice: both may be tied to a third
         if found & {a, b}:
             found |= {a, b}
     return found
@@ -243,6 +243,6 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _same_but_for_place(a: nn.Embedding | nn.EmbeddingBag, b: nn.Embedding | nn.EmbeddingBag) -> bool:
-    scales = [compat.embed_scale(module) for module in (a, b)]
+    scales = [transformers_compat.embed_scale(module) for module in (a, b)]
     same = all(isinstance(scale, torch.Tensor) and scale.is_meta for scale in scales) or scales[0] == scales[1]
     return type(a) is type(b) and bool(same) and a.padding_idx == b.padding_idx and Bag.of(a) == Bag.of(b)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .. import compat
+from .. import transformers_compat
 from ..codes.codebook import BinaryCodebook
 from ..codes.descent import nearest_bits
 from ..nn.embedding import AdaptiveCompressedEmbedding
@@ -109,7 +109,7 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
     if not 0 <= int(kept.min()) <= int(kept.max()) < total or len(kept.unique()) < len(kept):
         raise ValueError(f"tokens to keep must be different ids from 0 to {total - 1}; got {kept.tolist()[:20]}")
     prefix = torch.equal(kept, torch.arange(len(kept), dtype=kept.dtype, device=kept.device))
-    if not prefix and compat.resizes_more(inner) and not hasattr(inner, LOGITS_BIAS):
+    if not prefix and transformers_compat.resizes_more(inner) and not hasattr(inner, LOGITS_BIAS):
         raise ValueError(
             f"{type(inner).__name__} has further weights by token, of which only the last can be dropped: "
             "keep_tokens(model, n)"
@@ -157,7 +157,9 @@ def resized_embeddings(
 ) -> nn.Module:
     """What `resize_token_embeddings` asks for resized embeddings; new vectors are near the mean in any case."""
     if not isinstance(old_embeddings, AdaptiveCompressedEmbedding):
-        return compat.resized_embeddings(model, old_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        return transformers_compat.resized_embeddings(
+            model, old_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
     tables = _packed_tables(model)
     before = tables[0].num_embeddings
     total = before if new_num_tokens is None else new_num_tokens

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import compat
+from .. import torch_compat
 from ..codes.bits import index_bits, packed_bytes
 
 BISECTIONS = 60
@@ -68,7 +68,7 @@ def assign_lengths(scores: Tensor, ladder: Tensor, budget: int, guess: float = 0
         raise ValueError("selection scores hold NaN or Inf: the training loss diverged; lower the learning rate")
     if len(scores) * int(ladder[0]) > budget:
         raise ValueError(f"{len(scores)} codes of at least {int(ladder[0])} bits do not fit into {budget} bits")
-    columns = compat.as_float64(scores.detach()).T.contiguous()
+    columns = torch_compat.as_float64(scores.detach()).T.contiguous()
     device, ladder, lengths = scores.device, ladder.to(columns.device), ladder.tolist()
 
     def choose(price: float, columns: Tensor = columns) -> Tensor:

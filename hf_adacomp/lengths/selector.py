@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import KeptDtype
+from ..torch_compat import KeptDtype
 from .budget import assign_lengths
 
 SHARPNESS = 4.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import compat
+from .. import torch_compat
 from ..codes.codebook import BITS_PER_BLOCK, StoredBook
 from ..codes.packed import PackedCodes
 from .learned_codes import LearnedCodes
@@ -44,7 +44,7 @@ class Decoder:
     def look_up(self, ids: Tensor) -> Tensor:
         """Vectors of ids, int64 of any shape -> (..., d); each distinct token is decoded once."""
         if ids.device.type != "cpu":  # asking for values would wait for the device
-            compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
+            torch_compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
         elif ids.numel() and not 0 <= ids.min() <= ids.max() < self.num_tokens:
             raise IndexError(
                 f"{OUT_OF_RANGE}: ids run from {int(ids.min())} to {int(ids.max())}, the table has "
@@ -120,7 +120,7 @@ class Decoder:
         return vectors
 
     def _held(self, tokens: Tensor, vectors: Tensor) -> Tensor:
-        if self.padding is None or not (vectors.requires_grad or compat.is_traced()):
+        if self.padding is None or not (vectors.requires_grad or torch_compat.is_traced()):
             return vectors
         return torch.where(tokens.eq(self.padding)[:, None], vectors.detach(), vectors)
 
@@ -162,7 +162,7 @@ class StaticDecoder(Decoder):
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Vectors of ids, int64 of any shape -> (..., d)."""
-        compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
+        torch_compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
         tokens = ids.flatten()
         return self._held(tokens, self.vectors(tokens)).view(*ids.shape, -1)
 

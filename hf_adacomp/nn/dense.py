@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from .. import transformers_compat
 from .bag import Bag
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -46,7 +46,7 @@ def checked_scale(embedding: nn.Module) -> float:
     """
     if type(embedding) in TABLES:
         return 1.0
-    scale = compat.embed_scale(embedding)
+    scale = transformers_compat.embed_scale(embedding)
     own = {name for name, _ in embedding.named_parameters()}
     if isinstance(embedding, nn.Embedding) and scale is not None and own == {"weight"}:
         # Without values there is nothing to multiply: a file's layout has the scale of the model being loaded.

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from .. import torch_compat
 from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
@@ -218,7 +218,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         if self.training_state is not None:
             learned: Tensor = self._look_up_in_training(ids, self.training_state)
             return learned
-        if compat.is_traced():
+        if torch_compat.is_traced():
             return self.decoder().look_up(ids)
         self.last_weight.end_pass(keep=not self.training)
         return self._with_all(self.decoder().look_up(ids))

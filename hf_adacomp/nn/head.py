@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import compat
+from .. import torch_compat
 from ..codes.bits import NO_BYTE, centred_bits, whole_bytes
 from ..codes.packed import PackedCodes
 from .decoding import Decoder, SourceVectors
@@ -108,7 +108,7 @@ class CompressedHead(Borrower):
             return self._few(decoder, hidden)
 
     def _many(self, decoder: Decoder, hidden: Tensor) -> Tensor:
-        if compat.is_traced():
+        if torch_compat.is_traced():
             return torch.cat([scores(decoder, hidden, block) for block in decoder.blocks()], dim=-1)
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -131,7 +131,7 @@ class CompressedHead(Borrower):
             if tokens
         ]
         by_group = torch.cat(by_length)
-        if compat.is_traced() and isinstance(codes, PackedCodes):
+        if torch_compat.is_traced() and isinstance(codes, PackedCodes):
             logits = by_group.index_select(0, codes.places())
         else:
             logits = torch.zeros_like(by_group).index_copy(0, codes.order(), by_group)
@@ -151,7 +151,9 @@ class CompressedHead(Borrower):
         else:
             first = torch.arange(length // 8, device=scores.device, dtype=torch.int32) * NO_BYTE
             blocks = (block.to(torch.int32).add_(first) for block in whole_bytes(codes, length).split(step))
-            if tables.shape[1] == 1 and not compat.is_traced():  # a third faster for the one position of generation
+            if (
+                tables.shape[1] == 1 and not torch_compat.is_traced()
+            ):  # a third faster for the one position of generation
                 sums = [
                     tables.view(-1).index_select(0, block.view(-1)).view(block.shape).sum(1, keepdim=True)
                     for block in blocks

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..compat import KeptDtype
+from ..torch_compat import KeptDtype
 from .ranks import sum_over_ranks
 
 MEASURED_ROWS = 2048

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from .. import torch_compat, transformers_compat
 from ..codes.codebook import BinaryCodebook
 from .bag import Bag
 from .decoding import Decoder, SourceVectors
@@ -101,7 +101,7 @@ class ReadableTable(WeightFromCodes):
     def stand_in_for(self, dense: nn.Module, scale: float) -> None:
         """Take over the class of a dense module, its factor, and how it makes one vector of many."""
         self.dense_class, self.bag = type(dense), Bag.of(dense)
-        self.scale, self.rounds_scale = scale, compat.rounds_scale(dense)
+        self.scale, self.rounds_scale = scale, transformers_compat.rounds_scale(dense)
 
     @property
     def itself(self) -> ReadableTable:
@@ -131,7 +131,7 @@ class ReadableTable(WeightFromCodes):
     @property
     def weight(self) -> Tensor:
         """The decoded table, (V, d), before `scale`: see `hf_adacomp.nn.weight`."""
-        if compat.is_traced():
+        if torch_compat.is_traced():
             vectors: Tensor = self.decoder().table() if self.training_state is None else self._all_vectors()
             return vectors
         return self.last_weight.weight(self, self.codebook.bias)
@@ -162,7 +162,7 @@ class ReadableTable(WeightFromCodes):
         return decoder.gradients([*self.parameters()], lambda block, _: gradient[block])
 
     def _state_now(self) -> tuple[Any, ...]:
-        return self.training, compat.state_of(chain(self.parameters(), self.buffers()))
+        return self.training, torch_compat.state_of(chain(self.parameters(), self.buffers()))
 
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding | nn.EmbeddingBag:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from .. import torch_compat
 from ..codes.codebook import BinaryCodebook
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
@@ -153,7 +153,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
 
     def hard_decoder(self) -> Decoder:
         """From tokens to vectors as they would be packed now, for one forward pass."""
-        static = compat.is_traced()
+        static = torch_compat.is_traced()
         if not static:
             self.ensure_warm()
         stored = self.codebook.stored()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import compat
+from .. import torch_compat
 
 aten = torch.ops.aten
 
@@ -69,7 +69,7 @@ class DecodedWeight(Tensor):
         detached: Whether it has gradients of its own, as what `detach` returns, and the table does not heed it.
     """
 
-    __torch_function__ = compat.NO_TORCH_FUNCTION
+    __torch_function__ = torch_compat.NO_TORCH_FUNCTION
     _is_hf_initialized = True  # transformers' initialisation passes over it
     _table: Table
     _make: Callable[[], Tensor]
@@ -86,7 +86,7 @@ class DecodedWeight(Tensor):
         whole: bool,
         detached: bool = False,
     ) -> DecodedWeight:
-        weight: DecodedWeight = compat.tensor_without_memory(cls, like, device)
+        weight: DecodedWeight = torch_compat.tensor_without_memory(cls, like, device)
         weight._table, weight._make, weight._whole, weight._detached = table, make, whole, detached
         return weight
 
@@ -96,7 +96,7 @@ class DecodedWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first, packet = args[0] if args else None, func.overloadpacket
-        if any(map(_holds, compat.written(func, args, kwargs))):
+        if any(map(_holds, torch_compat.written(func, args, kwargs))):
             raise ValueError(f"{packet} would write into the weight of a compressed table: it {LOST}")
         if isinstance(first, cls):
             if packet in LIKE:
@@ -105,7 +105,7 @@ class DecodedWeight(Tensor):
             ids = first._ids(func, args[1:], kwargs)
             if ids is not None and packet in COPIES:
                 return first._table.weight_rows(ids)
-            if compat.is_view(func):
+            if torch_compat.is_view(func):
                 return first._view(func, args[1:], kwargs, ids)
         return func(*map(_replaced, args), **{name: _replaced(value) for name, value in kwargs.items()})
 

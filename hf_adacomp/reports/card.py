@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented there
 from transformers import PreTrainedModel
 
-from .. import compat
+from .. import transformers_compat
 from ..integration.methods import TAGS
 from ..integration.sentence import is_sentence_model
 from ..integration.sizes import size_report
@@ -53,7 +53,7 @@ def model_card(
         The new card, or `card`, changed in place.
     """
     size, tables, inner = size_report(model), require_compressed(model), _first(model)
-    title = (repo_id or compat.loaded_from(inner) or type(model).__name__).rstrip("/").split("/")[-1]
+    title = (repo_id or transformers_compat.loaded_from(inner) or type(model).__name__).rstrip("/").split("/")[-1]
     written = ModelCard.from_template(
         ModelCardData(),
         template_path=str(TEMPLATE),
@@ -170,7 +170,7 @@ def _describe(data: Any, library: str, base_model: str | None, results: Sequence
 
 def _base_model(model: PreTrainedModel) -> str | None:
     """Hub name of the dense model that `model` was compressed from; None if it has none or is not known."""
-    name, quantizer = compat.loaded_from(model), compat.quantizer_of(model)
+    name, quantizer = transformers_compat.loaded_from(model), transformers_compat.quantizer_of(model)
     if not name or Path(name).exists() or getattr(quantizer, "pre_quantized", True):
         return None
     try:

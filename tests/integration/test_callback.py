@@ -201,7 +201,7 @@ def test_packed_model_trains_on_with_fixed_bits(packed_bert, ids, tmp_path):
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharded_training_is_refused_by_name(tmp_path, monkeypatch, kind):
     trainer = new_trainer(new_model(), tmp_path, [AdaCompCallback()])
-    monkeypatch.setattr("hf_adacomp.compat.distributed_kind", lambda: DistributedType(kind).value)
+    monkeypatch.setattr("hf_adacomp.transformers_compat.distributed_kind", lambda: DistributedType(kind).value)
     with pytest.raises(ValueError, match=f"under {kind} is not supported: it shards .* Train with DDP"):
         trainer.train()
 

@@ -5,11 +5,11 @@ from conftest import VOCABULARY
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
-from hf_adacomp.compat import tied_weights
 from hf_adacomp.integration.surgery import install, replace_module, take_out
 from hf_adacomp.integration.tables import compressed_embeddings, dense_tables
 from hf_adacomp.nn.head import CompressedHead
 from hf_adacomp.nn.sharing import SharedEmbedding
+from hf_adacomp.transformers_compat import tied_weights
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 

@@ -1,18 +1,16 @@
-"""Every private or unstable part of transformers, accelerate and torch that this package touches, under a name.
+"""Every private or unstable part of transformers and accelerate that this package touches, under a name.
 
-Each function says why it is needed; each has a test in `tests/test_compat.py`, so that an upstream change breaks one
-named test. The rest of the package reads no attribute with a leading underscore that is not its own.
+Each function says why it is needed, and has a test of its own that breaks with an upstream change. The rest of the
+package reads no attribute with a leading underscore that is not its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -27,7 +25,7 @@ DENSE_TIES = "_dense_ties"
 """Where transformers keeps which parameters are tied, and where we keep what it said before compression."""
 
 
-# transformers: quantizers
+# Quantizers
 
 
 def register_quant_method(name: str, config_class: type, quantizer_class: type) -> None:
@@ -62,7 +60,7 @@ def expect_in_files(model: PreTrainedModel, names: Iterable[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = patterns
 
 
-# transformers: ties
+# Ties
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
@@ -96,7 +94,7 @@ def remember_ties(part: PreTrainedModel, untied: bool) -> None:
         part.all_tied_weights_keys = {}
 
 
-# transformers: the rest
+# The rest of transformers
 
 
 def embed_scale(embedding: nn.Module) -> Any:
@@ -167,129 +165,3 @@ def distributed_kind() -> str:
     from accelerate.state import AcceleratorState  # type: ignore[import-untyped]  # noqa: PLC0415  # ships no types
 
     return str(AcceleratorState().distributed_type.value)
-
-
-# torch
-
-
-def as_float64(tensor: Tensor) -> Tensor:
-    """The values in float64, on the CPU where their device has none (Apple's)."""
-    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
-
-
-class KeptDtype(nn.Module):
-    """A module whose floats keep their dtype when a model is cast: `model.to(torch.bfloat16)` moves it, no more.
-
-    Every cast and move goes through `_apply`; there is no public way to take part.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptDtype:
-        def kept(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # torch's
-        return self
-
-
-IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
-
-
-def spare_broadcasts(model: nn.Module, names: Iterable[str]) -> None:
-    """Have `DistributedDataParallel` leave these buffers of `model` alone, which it sends around at each forward pass.
-
-    The public switch, `broadcast_buffers`, is for all buffers of a model or none.
-    """
-    known = getattr(model, IGNORED_BY_DDP, [])
-    setattr(model, IGNORED_BY_DDP, [*known, *(name for name in names if name not in known)])
-
-
-HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
-"""Where torch keeps the hooks on a module's passes, which has no public way to list them."""
-
-
-def hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Have a module call the hooks of another, whose handles remove them from both."""
-    new.__dict__.update({name: old.__dict__[name] for name in HOOKS})
-
-
-def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
-    """All children by name; `named_children` leaves out a module's second name."""
-    return iter([*module._modules.items()])
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as autograd counts it. 0 for those it does not.
-
-    Fused optimizers, the Trainer's default among them, change parameters uncounted.
-    """
-    return 0 if tensor.is_inference() else int(tensor._version)
-
-
-_steps_taken = 0
-
-
-def _note_step(*_: Any) -> None:
-    global _steps_taken  # noqa: PLW0603  # by all optimizers of the process, as the hook is
-    _steps_taken += 1
-
-
-register_optimizer_step_post_hook(_note_step)
-
-
-def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """What differs as soon as one of the tensors is another, lies elsewhere or was changed in place.
-
-    Any optimizer's step may have changed them: see `version`.
-    """
-    return _steps_taken, *((id(tensor), tensor.data_ptr(), tensor.dtype, version(tensor)) for tensor in tensors)
-
-
-def is_traced() -> bool:
-    """Whether only plain operators may run, whose shapes do not depend on values: compiled, exported, transformed."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return bool(traced) or is_transformed()
-
-
-def is_transformed() -> bool:
-    """Whether `torch.func.vmap`, `grad` or another of its kin runs the code. There is no public way to ask."""
-    return not torch.compiler.is_compiling() and bool(torch._C._functorch.get_interpreter_stack())
-
-
-def check_on_device(condition: Tensor, message: str) -> None:
-    """Have the device check a condition, a bool of shape (), without waiting for it; as `nn.Embedding` checks ids.
-
-    Compiled graphs keep the check, too. There is no public way, and not every device has it.
-    """
-    if is_transformed():  # for all examples at once: what `vmap` wraps is a tensor of theirs
-        while torch._C._functorch.is_functorch_wrapped_tensor(condition):
-            condition = torch._C._functorch.get_unwrapped(condition)
-        condition = condition.all()
-    if condition.device.type in ("cpu", "cuda", "meta"):
-        torch._assert_async(condition, message)
-
-
-NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
-"""For subclasses of `Tensor` that look at operators (`__torch_dispatch__`): results stay plain tensors."""
-
-
-def tensor_without_memory(kind: type[Tensor], like: Tensor, device: torch.device) -> Any:
-    """A tensor of a subclass with the shape, strides and dtype of another; every operator asks the subclass."""
-    return Tensor._make_wrapper_subclass(kind, like.shape, like.stride(), dtype=like.dtype, device=device)
-
-
-def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Those of its arguments that an operator writes into."""
-    arguments = operator._schema.arguments
-    writes = [argument for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
-    by_name = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
-    return [by_name[argument.name] for argument in writes if argument.name in by_name]
-
-
-def is_view(operator: Any) -> bool:
-    """Whether what an operator returns shares the memory of its first argument."""
-    return any(returned.alias_info is not None for returned in operator._schema.returns)
