@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import transformers_compat
-from ..nn.table import GUARD
+from ..nn.loading import GUARD
 from .tables import same_table
 
 DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}

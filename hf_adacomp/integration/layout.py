@@ -18,8 +18,8 @@ from ..codes.packed import PackedCodes
 from ..config import LARGEST, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
+from ..nn.loading import GUARD
 from ..nn.sharing import SharedEmbedding
-from ..nn.table import GUARD
 
 SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_reach")
 """What a table's vectors and logits depend on besides its layout, and `selection_reach`, as files have it; the rest

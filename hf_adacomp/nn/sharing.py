@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .embedding import AdaptiveCompressedEmbedding
+from .loading import pass_over_guard
 from .reading import WeightFromCodes
-from .table import GUARD
 
 
 class Place:
@@ -57,7 +57,7 @@ class Borrower(WeightFromCodes):
     def __init__(self, owner: AdaptiveCompressedEmbedding | Place) -> None:
         super().__init__()
         self._owner = owner if isinstance(owner, Place) else (owner,)
-        self.register_load_state_dict_pre_hook(_pass_over_guard)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_pre_hook(pass_over_guard)  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def embedding(self) -> AdaptiveCompressedEmbedding:
@@ -92,7 +92,3 @@ class SharedEmbedding(Borrower):
     def padding_idx(self) -> int | None:
         """As in `nn.Embedding`."""
         return self.embedding.padding_idx
-
-
-def _pass_over_guard(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    state_dict.pop(prefix + GUARD, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,11 @@ from ..fitting.warm_start import fit_codebook
 from ..lengths.budget import code_budget
 from .decoding import Decoder, SourceVectors, StaticDecoder
 from .learned_codes import LearnedCodes
+from .loading import check_form
 from .reading import ReadableTable
 from .training_state import TrainingState
 
 logger = logging.getLogger(__name__)
-
-GUARD, EMPTY = "weight", torch.zeros(0)
-"""Name of the dense weight. Files hold an empty tensor under it, lest others take them for a dense model's."""
 
 
 class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whose weight can be set
@@ -48,7 +45,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.training_state: TrainingState | None = TrainingState(source, config)
         self.packed: PackedCodes | None = None
         self.anew = False  # whether the table is random: nothing is lost if it becomes one that was packed
-        self.register_load_state_dict_pre_hook(_refuse_other_form)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_pre_hook(check_form)  # type: ignore[no-untyped-call]  # torch's
 
     def book(self, k: int) -> BinaryCodebook:
         """The code-book of the k-th code length: one serves all. Scripts of before ask for it."""
@@ -227,35 +224,3 @@ def _new_codebook(source: Tensor, config: AdaCompConfig) -> BinaryCodebook:
         device=source.device,
         dtype=source.dtype,
     )
-
-
-def _refuse_other_form(module: CodedTable, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before a state dict is loaded: a table in training cannot take a packed one's, nor the other way round.
-
-    One that was made anew becomes packed.
-    """
-    if state_dict.pop(f"{prefix}{GUARD}", EMPTY).numel():
-        rest[-1].append(
-            f"{prefix.rstrip('.')}: the checkpoint holds a dense table, which the compressed one would leave out: load "
-            "it into the dense model, then compress that"
-        )
-    stored_packed = f"{prefix}packed.codes" in state_dict
-    if stored_packed and module.anew and module.training_state is not None:
-        indices, codes = (state_dict[f"{prefix}packed.{name}"] for name in ("length_indices", "codes"))
-        try:
-            packed = PackedCodes.room_for(indices, codes, module.num_embeddings, module.config.ladder)
-        except ValueError as error:
-            rest[-1].append(
-                f"{prefix.rstrip('.')}: {error}: make the table with the settings of the one that was saved, whose "
-                "`embedding.config` has its code lengths: AdaCompConfig(**config.to_dict())"
-            )
-        else:
-            module.become_packed(packed.to(module.device))
-    elif any(key.startswith(prefix) for key in state_dict) and stored_packed != (module.training_state is None):
-        forms = ("packed", "training") if stored_packed else ("training", "packed")
-        error_msgs = rest[-1]
-        error_msgs.append(
-            f"{prefix.rstrip('.')}: the checkpoint holds the {forms[0]} form of the compressed table, the model is "
-            f"in its {forms[1]} form: load the checkpoint with from_pretrained instead. In a module of your own, put a "
-            "new AdaptiveCompressedEmbedding(num_embeddings, embedding_dim, config) in its place first"
-        )

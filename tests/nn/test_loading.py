@@ -1,0 +1,64 @@
+"""What a table takes from a state dict, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LENGTHS, VOCABULARY
+from torch import nn
+
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+DIM = 32
+
+
+@pytest.fixture
+def table(config, counts, device) -> AdaptiveCompressedEmbedding:
+    source = nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device)
+    return AdaptiveCompressedEmbedding.from_embedding(source, config, counts.to(device))
+
+
+def test_forms_do_not_load_into_each_other(table):
+    packed = copy.deepcopy(table)
+    packed.pack()
+    for module, state, form in ((table, packed, "packed"), (packed, table, "training")):
+        with pytest.raises(RuntimeError, match=f"the checkpoint holds the {form} form"):
+            module.load_state_dict(state.state_dict(), strict=False)
+
+
+def new_module(config, device) -> nn.Module:
+    return nn.Sequential(AdaptiveCompressedEmbedding(VOCABULARY, DIM, config, padding_idx=0), nn.Linear(DIM, 2)).to(
+        device
+    )
+
+
+@pytest.mark.parametrize("lengths", ["auto", LENGTHS])
+def test_a_new_table_takes_a_packed_state(config, counts, device, lengths):
+    config.code_lengths = lengths
+    module = new_module(config, device)
+    source = nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device)
+    module[0] = AdaptiveCompressedEmbedding.from_embedding(source, config, counts.to(device))
+    module[0].pack()
+    again = new_module(AdaCompConfig(**module[0].config.to_dict()), device)
+    assert again.load_state_dict(module.state_dict()) == ([], [])
+    assert again[0].phase == "packed"
+    ids = torch.arange(VOCABULARY, device=device)
+    assert torch.equal(again[0](ids), module[0](ids))
+
+
+@pytest.mark.parametrize("changed", [{"code_lengths": (4, 8)}, {"code_lengths": (4, 8, 16, 32)}])
+def test_a_new_table_of_other_lengths_is_told_of(table, config, device, changed):
+    table.pack()
+    new = AdaptiveCompressedEmbedding(VOCABULARY, DIM, AdaCompConfig(**{**config.to_dict(), **changed}), device=device)
+    with pytest.raises(RuntimeError, match=r"not of .* tokens with code lengths .* settings of the one that was saved"):
+        new.load_state_dict(table.state_dict())
+    assert new.phase == "observe"
+
+
+@pytest.mark.parametrize("form", ["training", "packed"])
+def test_dense_checkpoints_are_refused(table, form):
+    if form == "packed":
+        table.pack()
+    with pytest.raises(RuntimeError, match=r"the checkpoint holds a dense table.* then compress that"):
+        table.load_state_dict({"weight": torch.zeros(VOCABULARY, DIM)}, strict=False)
