@@ -11,11 +11,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .. import transformers_compat
-from ..codes.codebook import BinaryCodebook
-from ..codes.descent import nearest_bits
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from ..nn.static import StaticModel
+from .new_codes import codes_for
 from .tables import compressed_heads, compressed_model, model_parts, require_compressed, token_tables
 from .token_ids import follow_tokens
 
@@ -25,9 +24,6 @@ LOGITS_BIAS = "final_logits_bias"
 """Of shape (1, V), of Bart and its kin."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-STARTS = 32
-"""Descents from which a given vector takes the nearest code: one alone may end no nearer than the mean vector."""
 
 
 def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> Model:
@@ -68,7 +64,7 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     vectors = torch.as_tensor(vectors)
     static = inner if isinstance(inner, StaticModel) and inner.config.gains else None
     targets = vectors if static is None else F.normalize(vectors.float(), dim=-1)  # in half, a zero makes NaN
-    codes = _codes_for(tables[0], num_tokens, targets)
+    codes = codes_for(tables[0], num_tokens, targets)
     inner.resize_token_embeddings(before + num_tokens)
     tables[0].resize(torch.arange(before, device=codes.device), codes)
     if static is not None:
@@ -126,7 +122,7 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
                 f"id: give it the place {padding} among the tokens to keep"
             )
     if not prefix:
-        codes = [_codes_for(embedding, 0, None) for embedding in tables]
+        codes = [codes_for(embedding, 0, None) for embedding in tables]
         _resize(inner, tables, kept.to(device, torch.int64), codes)
     inner.resize_token_embeddings(len(kept))
     return model
@@ -168,7 +164,7 @@ def resized_embeddings(
     if total < 1:
         raise ValueError(f"a vocabulary has at least one token; got {total}")
     if total != before:
-        codes = [_codes_for(embedding, max(0, total - before), None) for embedding in tables]
+        codes = [codes_for(embedding, max(0, total - before), None) for embedding in tables]
         _resize(model, tables, torch.arange(min(before, total), device=codes[0].device), codes)
     return old_embeddings
 
@@ -237,45 +233,3 @@ def _resized(rows: Tensor, kept: Tensor, total: int) -> Tensor:
     kept = kept[kept < len(rows)]  # heads of some models know fewer tokens than the table
     mean = rows.mean(dim=0, keepdim=True)
     return torch.cat([rows[kept], mean.expand(total - len(kept), *rows.shape[1:])])
-
-
-def _codes_for(embedding: AdaptiveCompressedEmbedding, num_tokens: int, vectors: Tensor | None) -> Tensor:
-    """Centred bits (N, L) of new tokens with these vectors, as the embedding returns them, or near the mean."""
-    book, seed = embedding.codebook, embedding.config.seed
-    if vectors is None:  # one start, for codes that differ
-        return nearest_codes(book, _mean_vector(embedding).expand(num_tokens, -1), seed)
-    if vectors.shape != (num_tokens, embedding.embedding_dim) or not vectors.isfinite().all():
-        raise ValueError(
-            f"vectors must be finite numbers of shape ({num_tokens}, {embedding.embedding_dim}); got shape "
-            f"{tuple(vectors.shape)}"
-        )
-    vectors = vectors.detach().to(book.bias.device, torch.float32) / embedding.scale
-    return nearest_codes(book, vectors, seed, STARTS)
-
-
-@torch.no_grad()
-def _mean_vector(embedding: AdaptiveCompressedEmbedding) -> Tensor:
-    """The mean of all vectors, before the embedding's scale, float32 (1, d)."""
-    book = embedding.codebook
-    blocks = torch.arange(embedding.num_embeddings, device=book.bias.device).split(book.block)
-    decoder = embedding.hard_decoder()
-    total = torch.stack([decoder.vectors(block).float().sum(dim=0) for block in blocks]).sum(dim=0)
-    return total[None] / embedding.num_embeddings
-
-
-@torch.no_grad()
-def nearest_codes(book: BinaryCodebook, targets: Tensor, seed: int, starts: int = 1) -> Tensor:
-    """Codes whose vectors are close to targets, (N, d), the nearest of random starts: centred bits (N, L)."""
-    generator = torch.Generator().manual_seed(seed)
-    stored = book.stored()
-    vectors, bias = stored.vectors.float(), stored.bias.float()
-    targets = targets.to(vectors)
-    nearest, least = vectors.new_empty(len(targets), book.length), vectors.new_full((len(targets),), torch.inf)
-    for _ in range(starts):
-        start = torch.randint(0, 2, nearest.shape, generator=generator).to(vectors) - 0.5
-        codes = nearest_bits(targets, vectors, bias, start=start)
-        error = (torch.addmm(bias, codes, vectors) - targets).square().sum(dim=1)
-        nearer = error <= least  # also where errors overflow
-        nearest[nearer] = codes[nearer]
-        least = torch.minimum(least, error)
-    return nearest

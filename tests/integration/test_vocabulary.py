@@ -9,7 +9,6 @@ from conftest import LENGTHS, VOCABULARY, close, same_state
 from transformers import RobertaConfig, RobertaModel
 
 from hf_adacomp import AdaCompConfig, add_tokens, compress, keep_tokens, pack
-from hf_adacomp.integration.vocabulary import STARTS, nearest_codes
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -53,15 +52,6 @@ def test_new_tokens_are_near_the_mean_and_differ(counts):
     distance = (table - mean).norm(dim=1)
     assert distance[VOCABULARY:].mean() < 0.5 * distance[:VOCABULARY].mean()
     assert len(table[VOCABULARY:].unique(dim=0)) == 8
-
-
-def test_nearest_codes_find_a_vector_of_the_codebook(packed_bert):
-    book = packed_bert.get_input_embeddings().codebook
-    stored, bits = book.stored(), torch.full((1, book.length), -0.5)
-    bits[0, :3] = 0.5
-    vector = stored.decode(bits)[0].detach()
-    found = stored.decode(nearest_codes(book, vector.expand(32, -1), seed=0))
-    assert (found - vector).norm(dim=1).min() < 0.5 * vector.norm()
 
 
 def test_new_tokens_train_on(counts):
@@ -210,19 +200,6 @@ def test_new_tokens_start_at_given_vectors(name, counts):
     add_tokens(model, 3, vectors=pieces)
     new = table(torch.arange(VOCABULARY, VOCABULARY + 3))
     assert ((new - pieces).norm(dim=1) < 0.7 * (mean - pieces).norm(dim=1)).all()
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_given_vector_takes_the_nearest_of_several_descents(counts, seed):
-    """Some of which end no nearer than the mean vector."""
-    table = packed("gemma3", counts, seed=seed).get_input_embeddings()
-    wanted = table(torch.arange(5, 15)).unflatten(0, (5, 2)).mean(1)
-    one, several = (
-        table.codebook.stored().decode(nearest_codes(table.codebook, wanted, seed, starts)) for starts in (1, STARTS)
-    )
-    mean = table(torch.arange(VOCABULARY)).mean(0)
-    assert ((several - wanted).norm(dim=1) <= (one - wanted).norm(dim=1) + 1e-6).all()
-    assert ((several - wanted).norm(dim=1) < 0.9 * (mean - wanted).norm(dim=1)).all()
 
 
 def test_vectors_of_another_shape_are_quoted(packed_bert):
