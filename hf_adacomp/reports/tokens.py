@@ -34,8 +34,16 @@ def token_table(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[To
     >>> model = compress(model, AdaCompConfig((8, 64), target_ratio=20), 1000 // torch.arange(1, 1001))
     >>> token_table(model, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)))[1]
     TokenRow(token='word1', id=1, count=500, bits=64)
+
+    Raises:
+        ValueError: For a model without a compressed table, and for what is no tokenizer of transformers.
     """
     embedding = next(iter(require_compressed(model).values()))
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise ValueError(
+            "token_table takes the model's tokenizer, such as AutoTokenizer.from_pretrained(...) or the one of a "
+            f"SentenceTransformer or a processor, its .tokenizer; got {type(tokenizer).__name__}"
+        )
     bits = embedding.code_lengths().tolist()
     counts = [None] * len(bits) if embedding.phase == "packed" else embedding.token_counts().tolist()
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(bits))))

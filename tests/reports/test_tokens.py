@@ -27,6 +27,11 @@ def test_rows_beyond_the_tokenizer_have_no_token(packed_bert):
     assert [row.token for row in rows[-3:]] == [f"word{VOCABULARY - 3}", None, None]
 
 
+def test_needs_a_tokenizer(packed_bert):
+    with pytest.raises(ValueError, match=r"takes the model's tokenizer, .*; got NoneType"):
+        token_table(packed_bert, None)
+
+
 def test_needs_a_compressed_model(bert):
     with pytest.raises(ValueError, match="call compress"):
         token_table(bert, None)
