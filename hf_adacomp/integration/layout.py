@@ -74,7 +74,8 @@ def guards(model: nn.Module) -> dict[str, Tensor]:
     """
     places = (AdaptiveCompressedEmbedding, SharedEmbedding, CompressedHead)
     names = [name for name, module in model.named_modules() if isinstance(module, places)]
-    return {f"{name}.{GUARD}": torch.zeros(1)[:0] for name in names}  # a memory of its own: they are not shared
+    # A memory of its own each, for transformers, to which they would be shared weights without any.
+    return {f"{name}.{GUARD}": torch.zeros(1)[:0] for name in names}
 
 
 def tensor_checksums(embedding: AdaptiveCompressedEmbedding) -> dict[str, int]:

@@ -43,7 +43,8 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
 def state_dict(model: PreTrainedModel, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
     """`nn.Module.state_dict` with guards: a dense model refuses it, also within a larger model's, and unstrictly."""
     state: dict[str, Any] = type(model).state_dict(model, *args, prefix=prefix, **kwargs)
-    state.update({prefix + name: guard for name, guard in guards(model).items()})
+    # No memory at all, for safetensors, to which a part of some is no whole tensor.
+    state.update({prefix + name: guard.clone() for name, guard in guards(model).items()})
     return state
 
 

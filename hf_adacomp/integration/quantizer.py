@@ -122,7 +122,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             refuse_unfinished(name, embedding)
             check_values(name, embedding)
         self.note_tables(model)
-        return model.state_dict(), {}
+        return {**model.state_dict(), **guards(model)}, {}
 
     def note_tables(self, model: PreTrainedModel) -> None:
         """Note the layouts of the tables as they are now in the config that is saved."""

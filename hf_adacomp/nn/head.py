@@ -121,10 +121,12 @@ class CompressedHead(Borrower):
         rows = hidden.reshape(-1, self.in_features).float()
         codes, book = decoder.codes, decoder.book
         scores = F.linear(book.vectors.float(), rows)
-        bias = F.linear(book.bias.float()[None], rows)
+        bias = (rows @ book.bias.float())[None]  # quantizers of exported graphs trip over two transposed rows
         # Scores of all values of each byte of a code, one table a byte.
-        whole = max((length // 8 for length in codes.ladder if length % 8 == 0), default=0)
-        tables = (codes.octets[:NO_BYTE] @ scores[: 8 * whole].view(whole, 8, -1)).view(NO_BYTE * whole, -1)
+        whole = max([0, *(length // 8 for length in codes.ladder if length % 8 == 0)])
+        columns = scores.shape[1]
+        tables = codes.octets[:NO_BYTE] @ scores[: 8 * whole].reshape(whole, 8, columns)
+        tables = tables.reshape(NO_BYTE * whole, columns)
         by_length = [
             self._sums(codes.group(k), tokens, length, scores, tables) + bias
             for k, (length, tokens) in enumerate(zip(codes.ladder, codes.tokens_per_length, strict=True))

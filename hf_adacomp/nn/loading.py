@@ -19,35 +19,41 @@ def pass_over_guard(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest
 
 
 def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Refuse a dense table, a packed one for a table in training, and the other way round; one made anew is packed."""
+    """Make room for the codes of a packed table; refuse a dense one, and one in training where it is packed.
+
+    A table in training refuses a packed one unless it was made anew: its source would be lost.
+    """
     name, errors = prefix.rstrip("."), rest[-1]
-    if state_dict.pop(prefix + GUARD, EMPTY).numel():
+    if state_dict.pop(f"{prefix}{GUARD}", EMPTY).numel():
         errors.append(
             f"{name}: the checkpoint holds a dense table, which the compressed one would leave out: load it into the "
             "dense model, then compress that"
         )
-    is_packed, was_packed = table.training_state is None, f"{prefix}packed.codes" in state_dict
-    if is_packed == was_packed or not any(key.startswith(prefix) for key in state_dict):
-        return
-    if was_packed and table.anew:
+    stored = {form for form in ("packed", "training_state") for key in state_dict if key.startswith(f"{prefix}{form}.")}
+    learning = table.training_state is not None
+    if "packed" in stored and (table.anew or not learning):
         _make_room(table, state_dict, prefix, errors)
-        return
-    forms = ("packed", "training") if was_packed else ("training", "packed")
-    errors.append(
-        f"{name}: the checkpoint holds the {forms[0]} form of the compressed table, the model is in its {forms[1]} "
-        "form: load the checkpoint with from_pretrained instead. In a module of your own, put a new "
-        "AdaptiveCompressedEmbedding(num_embeddings, embedding_dim, config) in its place first"
-    )
+    elif stored and ("packed" in stored) == learning:
+        forms = ("packed", "training") if learning else ("training", "packed")
+        errors.append(
+            f"{name}: the checkpoint holds the {forms[0]} form of the compressed table, the model is in its {forms[1]} "
+            "form: load the checkpoint with from_pretrained instead. In a module of your own, put a new "
+            "AdaptiveCompressedEmbedding(num_embeddings, embedding_dim, config) in its place first"
+        )
 
 
 def _make_room(table: Any, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
+    indices, codes = (state_dict.get(f"{prefix}packed.{name}", EMPTY) for name in ("length_indices", "codes"))
     try:
-        indices, codes = (state_dict.get(f"{prefix}packed.{name}", EMPTY) for name in ("length_indices", "codes"))
         packed = PackedCodes.room_for(indices, codes, table.num_embeddings, table.config.ladder)
     except ValueError as error:
         errors.append(
             f"{prefix.rstrip('.')}: {error}: make the table with the settings of the one that was saved, whose "
             "`embedding.config` has its code lengths: AdaCompConfig(**config.to_dict())"
         )
-    else:
-        table.become_packed(packed.to(table.device))
+        return
+    packed = packed.to(table.device)
+    if table.packed is None:
+        table.become_packed(packed)
+    elif packed.tokens_per_length != table.packed.tokens_per_length:
+        table.packed = packed

@@ -70,6 +70,22 @@ def test_steps_generate_what_the_model_generates(model, tmp_path):
     assert past[0].shape[2] == 7 + 5
 
 
+def test_quantized_steps_run(tmp_path):
+    settings = AdaCompConfig(code_lengths=(4, 8, 28), target_ratio=6)
+    model = pack(compress(MODELS["llama"]().eval(), settings, 1000 // torch.arange(1, VOCABULARY + 1)))
+    file = export_onnx(model, tmp_path / "step.onnx", quantize="int8")
+    running = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    ids = torch.randint(3, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(0))
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(7)[None]}
+    past = [np.zeros((1, shape[1], 0, shape[3]), dtype=np.float32) for shape in GenerationStep(model).shapes]
+    names = [place.name for place in running.get_inputs()]
+    given = {name: tensor.numpy() for name, tensor in tokens.items()} | dict(zip(names[3:], past, strict=True))
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1].flatten()
+    found = torch.as_tensor(running.run(None, given)[0])[:, -1].flatten()
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.95
+
+
 def test_a_step_is_of_models_that_generate(bert):
     assert not isinstance(graph_of(bert), GenerationStep)
     with pytest.raises(ValueError, match=r"MambaForCausalLM keeps a \w+ of the tokens before, not keys and values"):

@@ -32,9 +32,10 @@ def packed(name, counts):
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_compiles_as_one_graph(name, counts, ids):
     model = packed(name, counts)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        found = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids).logits
-        assert torch.allclose(found, model(ids).logits, atol=1e-5)
+        for some in (ids, ids[:1, :5]):  # a head scores few positions in another way
+            assert torch.allclose(compiled(input_ids=some).logits, model(some).logits, atol=1e-5)
 
 
 def test_encoder_exports(config, counts, ids):

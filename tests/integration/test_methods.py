@@ -2,7 +2,8 @@ import copy
 import pickle
 
 import pytest
-from conftest import VOCABULARY
+from conftest import VOCABULARY, close
+from safetensors.torch import load_model, save_model
 
 from hf_adacomp import compress, decompress, pack
 from hf_adacomp.integration import methods
@@ -49,3 +50,15 @@ def test_copies_have_methods_of_their_own(packed_bert, twin):
 def test_plain_again_it_has_the_methods_of_its_class(packed_bert):
     decompress(packed_bert)
     assert packed_bert.save_pretrained.__func__ is type(packed_bert).save_pretrained
+
+
+@pytest.mark.parametrize("form", ["training", "packed"])
+def test_safetensors_saves_and_loads_models_itself(bert, config, counts, ids, tmp_path, form):
+    compress(bert, config, counts)
+    if form == "packed":
+        pack(bert)
+    other = copy.deepcopy(bert)
+    other.get_input_embeddings().codebook.bias.data += 1
+    save_model(bert, str(tmp_path / "model.safetensors"))
+    load_model(other, tmp_path / "model.safetensors")
+    assert close(other.eval()(ids).logits, bert.eval()(ids).logits)

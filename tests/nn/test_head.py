@@ -35,6 +35,14 @@ def test_logits_are_those_of_the_decoded_table(table, hidden, phase):
     assert torch.allclose(CompressedHead(table, bias)(hidden), expected + bias, atol=1e-5)
 
 
+@pytest.mark.parametrize("ladder", [(4,), (3, 7, 30), (4, 12)])
+def test_codes_of_no_whole_bytes(hidden, counts, ladder):
+    config = AdaCompConfig(ladder, target_ratio=5, codebook_dtype="int4")
+    table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32), config, counts)
+    table.pack()
+    assert torch.allclose(CompressedHead(table)(hidden), hidden @ table.to_embedding().weight.T, atol=1e-5)
+
+
 @pytest.mark.parametrize("blocks", [1, 1000])
 def test_gradients_are_those_of_the_dense_product(table, hidden, blocks, monkeypatch):
     monkeypatch.setattr("hf_adacomp.nn.decoding.BITS_PER_BLOCK", VOCABULARY * LENGTHS[-1] // blocks)

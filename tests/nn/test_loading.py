@@ -62,3 +62,25 @@ def test_dense_checkpoints_are_refused(table, form):
         table.pack()
     with pytest.raises(RuntimeError, match=r"the checkpoint holds a dense table.* then compress that"):
         table.load_state_dict({"weight": torch.zeros(VOCABULARY, DIM)}, strict=False)
+
+
+def test_a_packed_table_takes_other_codes_of_its_lengths(table, config, counts, device):
+    other = AdaptiveCompressedEmbedding.from_embedding(
+        nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device), config, counts.flip(0).to(device)
+    )
+    for packed in (table, other):
+        packed.pack()
+    assert table.packed.tokens_per_length != other.packed.tokens_per_length
+    assert table.load_state_dict(other.state_dict()) == ([], [])
+    ids = torch.arange(VOCABULARY, device=device)
+    assert torch.equal(table(ids), other(ids))
+
+
+@pytest.mark.parametrize("form", ["training", "packed"])
+def test_parameters_alone_are_taken(table, form):
+    if form == "packed":
+        table.pack()
+    learned = {name: parameter.detach() + 1 for name, parameter in table.named_parameters()}
+    _, unexpected = table.load_state_dict(learned, strict=False)
+    assert unexpected == []
+    assert all(torch.equal(parameter, learned[name]) for name, parameter in table.named_parameters())
