@@ -16,7 +16,7 @@ from ..nn.static import StaticModel
 from .integrity import refuse_training
 from .quantizer import AdaCompHfQuantizer, attach, attach_whole, detach, refuse_quantized
 from .sentence import give_save, put_static_embedding, put_static_model, static_model, take_save
-from .surgery import install, take_out
+from .surgery import Planned, install, plan, refuse_ties_outside, take_out
 from .tables import compressed_embeddings, keep_from_broadcasts, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
@@ -71,34 +71,33 @@ def compress(
             "For another module, put AdaptiveCompressedEmbedding.from_embedding(module.embedding, config) in the place "
             "of its nn.Embedding"
         )
-    for i, one in enumerate(inner):
-        try:
-            if static is None:
-                _compress(one, config, token_counts, include, exclude)
-            else:
-                _compress_static(static, config, token_counts, include, exclude)
-        except ValueError:
-            for done in inner[:i]:
-                take_out(done)
-                detach(done)
-            raise
+    further = token_counts, include, exclude
+    planned: list[tuple[PreTrainedModel, AdaCompHfQuantizer, Planned]]
+    if static is not None:
+        planned = [(static, *_plan_static(static, config, *further))]
+    else:
+        planned = [(one, *_plan(one, config, *further)) for one in inner]
+        for one, _, tables in planned:
+            refuse_ties_outside(model, one, tables)
+    for one, quantizer, tables in planned:  # all of them can be compressed
+        install(one, tables, config.head)
+        attach(one, quantizer)
     if static is not None:
         put_static_model(model, static)
     give_save(model)
     return model
 
 
-def _compress_static(static: StaticModel, config: AdaCompConfig, *further: Any) -> None:
-    """Compress a table of directions, with gains beside it where there is room for them."""
+def _plan_static(static: StaticModel, config: AdaCompConfig, *further: Any) -> tuple[AdaCompHfQuantizer, Planned]:
+    """Plan to compress a table of directions, with gains beside it where there is room for them."""
     ratio = static.ratio_beside_gains(config.target_ratio)
     if ratio is None:
-        _compress(static, config, *further)
-        return
+        return _plan(static, config, *further)
     of_directions = copy.copy(config)
     of_directions.target_ratio = ratio
     static.separate_gains()
     try:
-        _compress(static, of_directions, *further)
+        return _plan(static, of_directions, *further)
     except TargetRatioError as error:
         raise TargetRatioError(
             f"{error} (target_ratio={config.target_ratio:g} was asked for; lengths of vectors take "
@@ -106,17 +105,10 @@ def _compress_static(static: StaticModel, config: AdaCompConfig, *further: Any) 
         ) from error
 
 
-def _compress(
-    model: PreTrainedModel,
-    config: AdaCompConfig,
-    token_counts: Tensor | Mapping[str, Tensor] | None,
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-) -> None:
+def _plan(model: PreTrainedModel, config: AdaCompConfig, *further: Any) -> tuple[AdaCompHfQuantizer, Planned]:
     quantizer = AdaCompHfQuantizer(config, pre_quantized=False)
     refuse_quantized(model)
-    install(model, quantizer.quantization_config, token_counts, include, exclude)
-    attach(model, quantizer)
+    return quantizer, plan(model, quantizer.quantization_config, *further)
 
 
 def pack(model: Model) -> Model:

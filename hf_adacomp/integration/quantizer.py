@@ -24,7 +24,7 @@ from .integrity import (
 )
 from .layout import SEALED_SETTINGS, check_layout, empty_table, guards, table_layout
 from .methods import give_methods, take_methods
-from .surgery import install, put, take_out
+from .surgery import install, plan, put, take_out
 from .tables import (
     compressed_embeddings,
     compressed_heads,
@@ -91,7 +91,8 @@ class AdaCompHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._check_loaded(model)
         else:
-            install(model, self.quantization_config)
+            settings = self.quantization_config
+            install(model, plan(model, settings), settings.head)
         give_methods(model)
         keep_from_broadcasts(model)
         return model
@@ -126,6 +127,7 @@ class AdaCompHfQuantizer(HfQuantizer):
 
     def note_tables(self, model: PreTrainedModel) -> None:
         """Note the layouts of the tables as they are now in the config that is saved."""
+        model.config.quantization_config = self.quantization_config  # models may share a config, and take turns
         tied = [head.embedding for head in compressed_heads(model).values()]
         self.quantization_config.tables = {
             name: table_layout(embedding, tied_head=any(embedding is owner for owner in tied))

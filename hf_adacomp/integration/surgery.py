@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,17 +13,29 @@ from ..config import AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from ..nn.sharing import Place, SharedEmbedding
-from .tables import DenseTable, compressed_embeddings, dense_tables, holder, model_parts, untied_heads
+from .tables import (
+    DenseTable,
+    compressed_embeddings,
+    dense_tables,
+    holder,
+    model_parts,
+    named_modules,
+    transformers_models,
+    untied_heads,
+)
+
+Planned = list[tuple[DenseTable, AdaptiveCompressedEmbedding]]
+"""The tables of a model, and what is to come in their places."""
 
 
-def install(
+def plan(
     model: PreTrainedModel,
     config: AdaCompConfig,
     token_counts: Tensor | Mapping[str, Tensor] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
-) -> None:
-    """Replace the token tables of `model` by compressed ones; nothing changes if it raises."""
+) -> Planned:
+    """Compressed tables for the places of the token tables of `model`, which stays as it is; ValueError if it must."""
     if compressed_embeddings(model):
         raise ValueError(f"{type(model).__name__} is compressed already; decompress(model) undoes it")
     tables = dense_tables(model, include, exclude)
@@ -33,11 +46,39 @@ def install(
             f"token_counts names {sorted(map(str, unknown))[:5]}, but the tables to compress are {names}. Counts of a "
             "table are a tensor (V,), in the order of token ids"
         )
-    compressed = [
-        AdaptiveCompressedEmbedding.from_embedding(table.owner, config, counts.get(table.name)) for table in tables
+    return [
+        (table, AdaptiveCompressedEmbedding.from_embedding(table.owner, config, counts.get(table.name)))
+        for table in tables
     ]
-    for table, embedding in zip(tables, compressed, strict=True):
-        put(model, table, embedding, config.head)
+
+
+def install(model: PreTrainedModel, planned: Planned, head: str) -> None:
+    """Replace the token tables of `model` as it was planned."""
+    for table, embedding in planned:
+        put(model, table, embedding, head)
+
+
+def refuse_ties_outside(whole: Any, model: PreTrainedModel, planned: Planned) -> None:
+    """Raise ValueError if something in `whole` shares a table of `model`, but is no part of it."""
+    inside = set(model.modules())
+    others = [other for other in transformers_models(whole) if other is not model]
+    for table, _ in planned:
+        places = [
+            repr(name)
+            for name, module in named_modules(whole).items()
+            if module not in inside and _holds(module.parameters(recurse=False), table.owner.weight)
+        ]
+        places += [f"the {type(other).__name__}" for other in others if _holds(other.parameters(), table.owner.weight)]
+        if places:
+            raise ValueError(
+                f"{table.name!r}, the token table of the {type(model).__name__}, is also the weight of {places[0]}, "
+                "which is no part of that model and would keep a dense copy: untie it first, or make the whole a "
+                "PreTrainedModel whose get_input_embeddings and get_output_embeddings return the two places"
+            )
+
+
+def _holds(parameters: Iterable[Tensor], weight: Tensor) -> bool:
+    return any(parameter is weight for parameter in parameters)
 
 
 def put(model: PreTrainedModel, table: DenseTable, embedding: AdaptiveCompressedEmbedding, head: str) -> None:

@@ -50,11 +50,8 @@ def named_modules(model: Any) -> dict[str, nn.Module]:
 
 def transformers_models(model: Any) -> list[PreTrainedModel]:
     """A transformers model itself, or those that an object holds, such as a sentence-transformers model; outermost."""
-    found: list[PreTrainedModel] = []
-    for module in named_modules(model).values():
-        if isinstance(module, PreTrainedModel) and not any(module in [*outer.modules()] for outer in found):
-            found.append(module)
-    return found
+    found = [module for module in named_modules(model).values() if isinstance(module, PreTrainedModel)]
+    return [one for one in found if not any(one in [*outer.modules()] for outer in found if outer is not one)]
 
 
 def num_tokens(model: PreTrainedModel) -> int:

@@ -285,3 +285,57 @@ def test_a_whole_that_ties_the_table_of_a_part_is_told_of(config, counts):
     compress(whole.bert, config, counts)
     with pytest.raises(ValueError, match=r"ties 'cls.* to 'bert.embeddings.word_.*', .* compress the whole"):
         pack(whole)
+
+
+class Pair(nn.Module):
+    """Two models that a user trains together."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+
+def test_models_stay_as_they_were_where_a_later_one_is_refused(config, counts):
+    pair = Pair(BertModel(tiny_bert_config()), BertModel(tiny_bert_config(vocab_size=8)))
+    before, weight = state(pair), pair.first.get_input_embeddings().weight
+    with pytest.raises(ValueError, match="of 8 x 32"):
+        compress(pair, config)
+    assert pair.first.get_input_embeddings().weight is weight
+    assert unchanged(pair, before)
+
+
+def test_a_tie_outside_of_the_transformers_model_is_named(config, counts):
+    pair = Pair(BertModel(tiny_bert_config()), nn.Linear(32, VOCABULARY, bias=False))
+    pair.second.weight = pair.first.get_input_embeddings().weight
+    with pytest.raises(ValueError, match=r"'embeddings.word_embeddings', .* of the BertModel, is also .* of 'second'"):
+        compress(pair, config, counts)
+    assert pair.second.weight is pair.first.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("what", ["weight", "module"])
+def test_a_table_of_two_models_is_named(config, counts, what):
+    pair = Pair(BertModel(tiny_bert_config()), BertForSequenceClassification(tiny_bert_config()))
+    if what == "weight":
+        pair.second.get_input_embeddings().weight = pair.first.get_input_embeddings().weight
+    else:
+        pair.second.set_input_embeddings(pair.first.get_input_embeddings())
+    with pytest.raises(ValueError, match="of the BertModel, is also the weight of"):
+        compress(pair, config, counts)
+
+
+def test_a_whole_that_is_named_after_its_part_is_compressed_once(bert, config, counts):
+    pair = pack(compress(Pair(bert.bert, bert), config, counts))
+    assert pair.first.get_input_embeddings() is pair.second.get_input_embeddings()
+    assert pair.first.get_input_embeddings().phase == "packed"
+
+
+@pytest.mark.parametrize("ratio", [32, 16])
+def test_models_of_one_config_are_saved_each_with_its_own_layout(config, counts, ids, tmp_path, ratio):
+    shared = tiny_bert_config()
+    first, second = BertModel(shared).eval(), BertModel(shared).eval()
+    compress(first, config, counts)
+    compress(second, AdaCompConfig(LENGTHS, target_ratio=ratio), counts.flip(0))
+    for name, model in (("first", pack(first)), ("second", pack(second)), ("again", first)):
+        model.save_pretrained(tmp_path / name)
+        loaded = BertModel.from_pretrained(tmp_path / name)
+        assert close(loaded(ids).last_hidden_state, model(ids).last_hidden_state)

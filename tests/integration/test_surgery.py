@@ -5,7 +5,8 @@ from conftest import VOCABULARY
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
-from hf_adacomp.integration.surgery import install, replace_module, take_out
+from hf_adacomp.integration import surgery
+from hf_adacomp.integration.surgery import plan, replace_module, take_out
 from hf_adacomp.integration.tables import compressed_embeddings, dense_tables
 from hf_adacomp.nn.head import CompressedHead
 from hf_adacomp.nn.sharing import SharedEmbedding
@@ -16,6 +17,10 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 
 def settings(**changes) -> AdaCompConfig:
     return AdaCompConfig(**{"code_lengths": (4, 8, 32), "target_ratio": 3, "codebook_dtype": "int8", **changes})
+
+
+def install(model, config, *further) -> None:
+    surgery.install(model, plan(model, config, *further), config.head)
 
 
 def pack(model) -> None:
