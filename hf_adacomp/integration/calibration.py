@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import AUTO, AdaCompConfig
+from ..config import AUTO
 from ..fitting.ladder import with_ladder_for
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .answers import reaction
 from .batches import MAX_LENGTH, Text, batches_of
-from .tables import compressed_embeddings, named_modules, num_tokens, require_compressed, transformers_models
+from .tables import named_modules, num_tokens, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
 
@@ -98,9 +98,8 @@ def calibrate(
         for state in states:
             state.observation.discard()
         raise
-    for inner in transformers_models(model):
-        for table in compressed_embeddings(inner).values():
-            _fit(table, inner.config.quantization_config, show_progress)
+    for table in tables.values():
+        _fit(table, show_progress)
     return model
 
 
@@ -139,12 +138,12 @@ def _measure(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -
             loss.backward()
 
 
-def _fit(table: AdaptiveCompressedEmbedding, config: AdaCompConfig, show_progress: bool) -> None:
+def _fit(table: AdaptiveCompressedEmbedding, show_progress: bool) -> None:
     """Fit a table to what was observed, with the user's settings."""
     state = table.require_training("calibrate")
     state.recount()
-    if config.code_lengths == AUTO and state.observation.counting:  # now there are counts to choose lengths by
-        table.offer(with_ladder_for(state.source, config, state.token_counts))
+    if table.settings.code_lengths == AUTO and state.observation.counting:  # now there are counts to choose by
+        table.offer(with_ladder_for(state.source, table.settings, state.token_counts))
     table.end_observation(show_progress)
 
 

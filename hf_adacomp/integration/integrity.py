@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import transformers_compat
+from ..codes.bits import checksum as checksum_of
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
-from .layout import tensor_checksums
 from .tables import token_tables
 
 
@@ -34,17 +34,18 @@ def refuse_replaced(
                 f"the output head {name!r} reads another table than the model's, which was replaced or copied: "
                 "decompress(model) before tables are exchanged"
             )
-        _refuse_width(name, head, head.embedding.num_embeddings)
+        if head.bias is not None:
+            _refuse_width(name, len(head.bias), head.embedding.num_embeddings)
     output, sizes = model.get_output_embeddings(), {table.num_embeddings for table in token_tables(model).values()}
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if isinstance(output, nn.Linear) and vocabulary in sizes and output.out_features not in sizes:
-        _refuse_width("get_output_embeddings()", output, int(vocabulary))
+        _refuse_width("get_output_embeddings()", output.out_features, int(vocabulary))
 
 
-def _refuse_width(name: str, head: nn.Module, tokens: int) -> None:
-    if head.out_features != tokens:
+def _refuse_width(name: str, width: int, tokens: int) -> None:
+    if width != tokens:
         raise ValueError(
-            f"the output head {name!r} gives logits of {head.out_features} tokens, but the table has {tokens}: use "
+            f"the output head {name!r} gives logits of {width} tokens, but the table has {tokens}: use "
             "model.resize_token_embeddings, add_tokens or keep_tokens, which change both"
         )
 
@@ -93,7 +94,7 @@ def check_values(name: str, embedding: AdaptiveCompressedEmbedding) -> None:
 
 def compare_checksums(name: str, embedding: AdaptiveCompressedEmbedding, saved: dict[str, int]) -> None:
     """Raise ValueError unless tensors have the checksums with which they were saved."""
-    found = tensor_checksums(embedding)
+    found = embedding.checksums()
     if found.keys() != saved.keys():
         raise ValueError(
             f"{name}: tensor_checksums of the table's layout in quantization_config must name {sorted(found)}; it "
@@ -104,6 +105,27 @@ def compare_checksums(name: str, embedding: AdaptiveCompressedEmbedding, saved: 
             raise ValueError(
                 f"{name}.{tensor} has the checksum {checksum}, but {saved[tensor]} when it was saved: the file is "
                 "damaged; copy or download it again"
+            )
+    embedding.seal()
+
+
+def refuse_changed(name: str, embedding: AdaptiveCompressedEmbedding, stored: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless what packing fixed is still the same, in a table and in the state to be stored."""
+    packed = embedding.packed
+    if packed is None:
+        return
+    if packed.num_tokens != embedding.num_embeddings:
+        raise ValueError(
+            f"num_embeddings of {name} was set to {embedding.num_embeddings}, but it has {packed.num_tokens} tokens: "
+            "model.resize_token_embeddings, add_tokens and keep_tokens change its codes, too"
+        )
+    for tensor, checksum in (embedding.checksums() if embedding.sealed is None else embedding.sealed).items():
+        full = f"{name}.{tensor}"
+        if full not in stored or checksum != checksum_of(stored[full]):
+            raise ValueError(
+                f"{full} is {'other than' if full in stored else 'missing in'} what was packed: codes are whole "
+                "numbers, of which no average can be had. Average parameters alone, as AveragedModel(model, "
+                "use_buffers=False) does, and give a state_dict with the model's own codes"
             )
 
 

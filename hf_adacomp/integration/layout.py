@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import LARGEST, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
@@ -46,7 +45,7 @@ def table_layout(embedding: AdaptiveCompressedEmbedding, tied_head: bool) -> dic
         "zero_padding": embedding.zero_padding,
         "scale": embedding.scale,
         "tokens_per_length": None if packed is None else list(packed.tokens_per_length),
-        "tensor_checksums": tensor_checksums(embedding),
+        "tensor_checksums": embedding.checksums(),
         "tied_head": tied_head,
     }
     return sealed(layout, embedding.config)
@@ -76,14 +75,6 @@ def guards(model: nn.Module) -> dict[str, Tensor]:
     names = [name for name, module in model.named_modules() if isinstance(module, places)]
     # A memory of its own each, for transformers, to which they would be shared weights without any.
     return {f"{name}.{GUARD}": torch.zeros(1)[:0] for name in names}
-
-
-def tensor_checksums(embedding: AdaptiveCompressedEmbedding) -> dict[str, int]:
-    """Checksums of the tensors that packing fixed for good, by name: codes, length indices, integer code vectors."""
-    if embedding.packed is None:
-        return {}
-    fixed = {name: tensor for name, tensor in embedding.state_dict().items() if not tensor.is_floating_point()}
-    return {name: checksum(tensor) for name, tensor in fixed.items()}
 
 
 def sealed(layout: Mapping[str, Any], config: AdaCompConfig) -> dict[str, Any]:

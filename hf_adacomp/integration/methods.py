@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import transformers_compat
+from ..nn.reading import WeightFromCodes
 from .layout import guards
-from .tables import compressed_embeddings
+from .tables import compressed_embeddings, input_embeddings, model_parts
 from .vocabulary import resized_embeddings
 
 TAGS = ("adacomp", "compression")
@@ -35,7 +37,13 @@ def set_card_writer(write: Callable[..., object]) -> None:
 
 def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """`PreTrainedModel.save_pretrained`; a packed model's folder gets a model card, too."""
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    given = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
+    quantizer = transformers_compat.quantizer_of(model)
+    quantizer.given_state = given.get("state_dict")  # which stock code passes over
+    try:
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    finally:
+        quantizer.given_state = None
     if kwargs.get("is_main_process", True) and not (Path(save_directory) / SENTENCE_FILE).exists():
         describe(model, save_directory)
 
@@ -86,15 +94,19 @@ def bind(model: Any, methods: Mapping[str, Callable[..., Any]]) -> None:
 
 
 def give_methods(model: PreTrainedModel) -> None:
-    """Put our methods before those of the model's class, and our tags on the model."""
+    """Put our methods before those of the model's class, and of its parts, which are resized, too; tag the model."""
+    for _, part in model_parts(model):
+        if part is not model and isinstance(input_embeddings(part), WeightFromCodes):
+            bind(part, {name: METHODS[name] for name in METHODS_OF_PARTS})
     bind(model, METHODS)
     model.add_model_tags([*TAGS])
 
 
 def take_methods(model: PreTrainedModel) -> None:
     """Undo `give_methods`."""
-    for name in METHODS:
-        del model.__dict__[name]
+    for _, part in model_parts(model):
+        for name in METHODS:
+            part.__dict__.pop(name, None)
     model.model_tags = [tag for tag in model.model_tags or () if tag not in TAGS]
 
 
@@ -106,6 +118,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "save_pretrained": save_pretrained,
     transformers_compat.UPLOAD_FILES: upload_files,
 }
+
+METHODS_OF_PARTS = (transformers_compat.RESIZED_EMBEDDINGS, "set_input_embeddings")
 
 
 def describe(model: Any, folder: str | os.PathLike[str], **where: str) -> None:

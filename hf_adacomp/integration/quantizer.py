@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .checkpoint import check_stored, check_tables, stored_tensors
 from .integrity import (
     check_values,
     compare_checksums,
+    refuse_changed,
     refuse_missing,
     refuse_quantized_in_memory,
     refuse_replaced,
@@ -48,6 +50,7 @@ class AdaCompHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: AdaCompConfig, **kwargs: Any) -> None:
         # A copy, in which the layouts of this model's tables are noted; its settings are checked again.
         super().__init__(AdaCompConfig(**quantization_config.to_dict()), **kwargs)
+        self.given_state: Mapping[str, Tensor] | None = None  # to be saved in place of the model's own
         self._checksums: dict[nn.Module, dict[str, int]] = {}  # of tables whose weights are being loaded
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -119,11 +122,13 @@ class AdaCompHfQuantizer(HfQuantizer):
                     f"config.tie_word_embeddings is False, but the output head {name!r} is tied to the compressed "
                     "table: set it to True, or compress with AdaCompConfig(head='dense')"
                 )
+        state: Mapping[str, Tensor] = model.state_dict() if self.given_state is None else self.given_state
         for name, embedding in embeddings.items():
             refuse_unfinished(name, embedding)
             check_values(name, embedding)
+            refuse_changed(name, embedding, state)
         self.note_tables(model)
-        return {**model.state_dict(), **guards(model)}, {}
+        return {**state, **guards(model)}, {}
 
     def note_tables(self, model: PreTrainedModel) -> None:
         """Note the layouts of the tables as they are now in the config that is saved."""

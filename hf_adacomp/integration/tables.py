@@ -17,6 +17,7 @@ from ..nn.bag import Bag
 from ..nn.dense import TABLES, checked_table
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
+from ..nn.sharing import SharedEmbedding
 
 
 @dataclass
@@ -55,9 +56,10 @@ def transformers_models(model: Any) -> list[PreTrainedModel]:
 
 
 def num_tokens(model: PreTrainedModel) -> int:
-    """Rows V of the token table of a model, compressed or not."""
-    size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # of nn.Embedding and ours
-    return size
+    """Rows V of the token table of a model, compressed or not; of a part's, where the model has none of its own."""
+    found = (input_embeddings(part) for _, part in model_parts(model))
+    tables = (*TABLES, AdaptiveCompressedEmbedding, SharedEmbedding)
+    return next(int(table.num_embeddings) for table in found if isinstance(table, tables))
 
 
 def compressed_model(model: Any) -> PreTrainedModel:
@@ -85,7 +87,7 @@ def require_compressed(model: Any) -> dict[str, AdaptiveCompressedEmbedding]:
 
 def token_tables(model: PreTrainedModel) -> dict[str, AdaptiveCompressedEmbedding]:
     """Of the compressed tables, those that `get_input_embeddings` returns for the model and its parts."""
-    inputs = [_input_embeddings(part) for _, part in model_parts(model)]
+    inputs = [input_embeddings(part) for _, part in model_parts(model)]
     return {name: table for name, table in compressed_embeddings(model).items() if any(table is one for one in inputs)}
 
 
@@ -134,11 +136,11 @@ def dense_tables(
     """
     names: dict[nn.Module, str] = {module: name for name, module in reversed([*model.named_modules()])}
     if include is None:
-        found = [_input_embeddings(part) for _, part in model_parts(model)]
+        found = [input_embeddings(part) for _, part in model_parts(model)]
         owners = [m for i, m in enumerate(found) if m is not None and (i == 0 or isinstance(m, TABLES))]
     else:
         owners = [m for m, name in names.items() if isinstance(m, TABLES) and _matches(name, include)]
-        owners.sort(key=lambda owner: owner is not _input_embeddings(model))
+        owners.sort(key=lambda owner: owner is not input_embeddings(model))
     tables: list[DenseTable] = []
     for owner in owners:
         if owner not in names or _matches(names[owner], exclude):
@@ -227,7 +229,8 @@ def _tied_to(model: PreTrainedModel, weight: str) -> set[str]:
     return found
 
 
-def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """What `get_input_embeddings` returns; None for models that have none, such as those of images."""
     try:
         module: nn.Module | None = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):

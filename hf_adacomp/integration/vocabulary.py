@@ -13,9 +13,17 @@ from transformers import PreTrainedModel
 from .. import transformers_compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
+from ..nn.sharing import SharedEmbedding
 from ..nn.static import StaticModel
 from .new_codes import codes_for
-from .tables import compressed_heads, compressed_model, model_parts, require_compressed, token_tables
+from .tables import (
+    compressed_heads,
+    compressed_model,
+    input_embeddings,
+    model_parts,
+    require_compressed,
+    token_tables,
+)
 from .token_ids import follow_tokens
 
 Model = TypeVar("Model", bound=Any)
@@ -53,19 +61,18 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative; got {num_tokens}. To drop tokens, keep_tokens(model, n)")
-    inner = compressed_model(model)
-    tables = _packed_tables(inner)
+    inner, tables = _resizable(model)
     if vectors is not None and len(tables) > 1:
         raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
     before = tables[0].num_embeddings
     if vectors is None:
-        inner.resize_token_embeddings(before + num_tokens)
+        _resize_to(inner, before + num_tokens)
         return model
     vectors = torch.as_tensor(vectors)
     static = inner if isinstance(inner, StaticModel) and inner.config.gains else None
     targets = vectors if static is None else F.normalize(vectors.float(), dim=-1)  # in half, a zero makes NaN
     codes = codes_for(tables[0], num_tokens, targets)
-    inner.resize_token_embeddings(before + num_tokens)
+    _resize_to(inner, before + num_tokens)
     tables[0].resize(torch.arange(before, device=codes.device), codes)
     if static is not None:
         lengths = vectors.float().norm(dim=-1).to(inner.device)
@@ -94,8 +101,7 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
     Raises:
         ValueError: For ids that are not there or twice, and where the padding token is not among them.
     """
-    inner = compressed_model(model)
-    tables = _packed_tables(inner)
+    inner, tables = _resizable(model)
     total, device = tables[0].num_embeddings, tables[0].device
     kept = _listed(tokens)
     if kept.dim() != 1 or kept.dtype != torch.int64 or not 0 < len(kept) <= total:
@@ -124,8 +130,26 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
     if not prefix:
         codes = [codes_for(embedding, 0, None) for embedding in tables]
         _resize(inner, tables, kept.to(device, torch.int64), codes)
-    inner.resize_token_embeddings(len(kept))
+    _resize_to(inner, len(kept))
     return model
+
+
+def _resizable(model: Any) -> tuple[PreTrainedModel, list[AdaptiveCompressedEmbedding]]:
+    """The transformers model, or its outermost part, that knows the packed tables as its input embeddings."""
+    inner = compressed_model(model)
+    tables = _packed_tables(inner)
+    knowing = (part for _, part in model_parts(inner) if input_embeddings(part) is not None)
+    return next((part for part in knowing if {*tables} <= {*token_tables(part).values()}), inner), tables
+
+
+def _resize_to(model: PreTrainedModel, total: int) -> None:
+    try:
+        model.resize_token_embeddings(total)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{type(model).__name__} does not know how to resize its tables: change the part that has one, such as "
+            f"keep_tokens(model.decoder, ids). It says: {error}"
+        ) from error
 
 
 def _listed(tokens: Any) -> Tensor:
@@ -152,11 +176,18 @@ def resized_embeddings(
     mean_resizing: bool = True,
 ) -> nn.Module:
     """What `resize_token_embeddings` asks for resized embeddings; new vectors are near the mean in any case."""
+    if isinstance(old_embeddings, SharedEmbedding):
+        raise ValueError(
+            f"{type(model).__name__} shares its token table with another part of its model: resize the whole model"
+        )
     if not isinstance(old_embeddings, AdaptiveCompressedEmbedding):
         return transformers_compat.resized_embeddings(
             model, old_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing
         )
     tables = _packed_tables(model)
+    further = not any(old_embeddings is table for table in tables)  # a second table by token, as Gemma3n's
+    if further:
+        tables = [old_embeddings]
     before = tables[0].num_embeddings
     total = before if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of is not None:
@@ -165,7 +196,11 @@ def resized_embeddings(
         raise ValueError(f"a vocabulary has at least one token; got {total}")
     if total != before:
         codes = [codes_for(embedding, max(0, total - before), None) for embedding in tables]
-        _resize(model, tables, torch.arange(min(before, total), device=codes[0].device), codes)
+        kept = torch.arange(min(before, total), device=codes[0].device)
+        if further:
+            old_embeddings.resize(kept, codes[0])
+        else:
+            _resize(model, tables, kept, codes)
     return old_embeddings
 
 
@@ -199,7 +234,8 @@ def _resize(
     if isinstance(output, nn.Linear):  # with weights of its own
         heads.append(output)
     for head in heads:
-        head.out_features = total
+        if isinstance(head, nn.Linear):
+            head.out_features = total
         for parameter in [*head.parameters()]:
             _replace(model, parameter, kept, total)
     if output in heads:

@@ -73,6 +73,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.diverged = False  # whether the task's last gradients were NaN or Inf
         self.movement = Movement()
         self.loading = False  # whether weights are on their way in and have not been checked yet
+        self.settings = config  # as the user gave them, perhaps without a ladder
         self.anew = _source is None
         if self.anew:
             self.budget()  # refuse an impossible size here rather than at the warm start
@@ -100,10 +101,11 @@ class AdaptiveCompressedEmbedding(CodedTable):
             ValueError: For a table that cannot be compressed, and for counts that cannot be.
         """
         source = checked_table(embedding)
-        config = with_ladder_for(source, config, token_counts)
+        offered = with_ladder_for(source, config, token_counts)
         tokens, dim = source.shape
         with torch.inference_mode(False):  # what is made there cannot learn
-            module = cls(tokens, dim, config, embedding.padding_idx, _source=source)
+            module = cls(tokens, dim, offered, embedding.padding_idx, _source=source)
+        module.settings = config
         module.budget()
         module.stand_in_for(embedding, checked_scale(embedding))
         module.train(embedding.training)
@@ -196,6 +198,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         decoder = self.hard_decoder()
         codes = torch.cat([decoder.codes.group(k) for k in range(len(self.config.ladder))])
         self.become_packed(PackedCodes.of(decoder.codes.assignment(), self.config.ladder, codes))
+        self.seal()
 
     # What is computed
 

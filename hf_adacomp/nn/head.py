@@ -77,8 +77,18 @@ class CompressedHead(Borrower):
 
     def __init__(self, owner: AdaptiveCompressedEmbedding | Place, bias: nn.Parameter | None = None) -> None:
         super().__init__(owner)
-        self.in_features, self.out_features = self.embedding.embedding_dim, self.embedding.num_embeddings
+        self.in_features = self.embedding.embedding_dim
         self.bias = bias
+
+    @property
+    def out_features(self) -> int:
+        """V, of the table as it is now."""
+        return self.embedding.num_embeddings
+
+    @out_features.setter
+    def out_features(self, tokens: int) -> None:
+        if tokens != self.out_features:  # transformers sets what is there when it ties weights
+            raise ValueError(f"a compressed head has as many outputs as its table, {self.out_features}; got {tokens}")
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., d) -> (..., V)."""

@@ -29,6 +29,11 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
             f"{name}: the checkpoint holds a dense table, which the compressed one would leave out: load it into the "
             "dense model, then compress that"
         )
+    fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
+    if cast := sorted(key for key in fixed & state_dict.keys() if state_dict[key].is_floating_point()):
+        errors.append(
+            f"{cast[0]} is {state_dict[cast[0]].dtype}: codes are whole numbers, of which no average can be had"
+        )
     stored = {form for form in ("packed", "training_state") for key in state_dict if key.startswith(f"{prefix}{form}.")}
     learning = table.training_state is not None
     if "packed" in stored and (table.anew or not learning):
@@ -40,6 +45,12 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
             "form: load the checkpoint with from_pretrained instead. In a module of your own, put a new "
             "AdaptiveCompressedEmbedding(num_embeddings, embedding_dim, config) in its place first"
         )
+
+
+def seal_again(table: Any, _: Any) -> None:
+    """After a state dict was loaded."""
+    if table.packed is not None and table.device.type != "meta":
+        table.seal()
 
 
 def _make_room(table: Any, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch_compat
+from ..codes.bits import checksum
 from ..codes.codebook import BinaryCodebook
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig
@@ -15,7 +16,7 @@ from ..fitting.warm_start import fit_codebook
 from ..lengths.budget import code_budget
 from .decoding import Decoder, SourceVectors, StaticDecoder
 from .learned_codes import LearnedCodes
-from .loading import check_form
+from .loading import check_form, seal_again
 from .reading import ReadableTable
 from .training_state import TrainingState
 
@@ -35,6 +36,8 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
     """
 
     max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
+    anew = False  # whether the table is random: nothing is lost if it becomes one that was packed
+    sealed: dict[str, int] | None = None  # `checksums` when it was packed, loaded or resized
 
     def __init__(self, source: Tensor, config: AdaCompConfig, padding_idx: int | None) -> None:
         ReadableTable.__init__(self)
@@ -44,8 +47,8 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.codebook = _new_codebook(source, config)
         self.training_state: TrainingState | None = TrainingState(source, config)
         self.packed: PackedCodes | None = None
-        self.anew = False  # whether the table is random: nothing is lost if it becomes one that was packed
         self.register_load_state_dict_pre_hook(check_form)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_post_hook(seal_again)  # type: ignore[no-untyped-call]  # torch's
 
     def book(self, k: int) -> BinaryCodebook:
         """The code-book of the k-th code length: one serves all. Scripts of before ask for it."""
@@ -200,6 +203,17 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
             ids = kept.tolist()
             self.padding_idx = ids.index(self.padding_idx) if self.padding_idx in ids else None  # as transformers does
             self.zero_padding = self.zero_padding and self.padding_idx is not None
+        self.seal()
+
+    def checksums(self) -> dict[str, int]:
+        """Those of the tensors that packing fixed for good, by name: codes, length indices, integer code vectors."""
+        if self.packed is None:
+            return {}
+        return {name: checksum(value) for name, value in self.state_dict().items() if not value.is_floating_point()}
+
+    def seal(self) -> None:
+        """Take the checksums of now for right: averages of whole states, say, change what is fixed."""
+        self.sealed = self.checksums()
 
     def require_packed(self) -> PackedCodes:
         """The packed codes; ValueError before there are any."""

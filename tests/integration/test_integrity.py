@@ -6,7 +6,7 @@ import accelerate
 import pytest
 import torch
 from architectures import TIED, UNTIED
-from conftest import VOCABULARY
+from conftest import VOCABULARY, close
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
@@ -36,13 +36,63 @@ def test_a_head_of_another_table_is_not_saved(counts, tmp_path):
         model.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama"])
-def test_a_head_of_another_width_is_not_saved(name, counts, tmp_path):
-    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
-    model = pack(compress({**TIED, **UNTIED}[name](), config, counts))
+SETTINGS = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+
+
+def test_a_head_of_another_width_is_not_saved(counts, tmp_path):
+    model = pack(compress(UNTIED["llama"](), SETTINGS, counts))
     model.lm_head.out_features = 600
     with pytest.raises(ValueError, match=r"logits of 600 tokens.*resize_token_embeddings"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_compressed_head_is_as_wide_as_its_table(counts, tmp_path):
+    model = pack(compress(TIED["bert"](), SETTINGS, counts))
+    head = model.get_output_embeddings()
+    head.out_features = VOCABULARY  # as ties set it
+    with pytest.raises(ValueError, match=r"as many outputs as its table, .*; got 600"):
+        head.out_features = 600
+    head.bias = torch.nn.Parameter(torch.zeros(600))
+    with pytest.raises(ValueError, match=r"logits of 600 tokens.*resize_token_embeddings"):
+        model.save_pretrained(tmp_path)
+
+
+def averaged(model):
+    """A state as libraries average it: each entry in its own dtype."""
+    return {name: (0.9 * value + 0.1 * value).to(value.dtype) for name, value in model.state_dict().items()}
+
+
+def test_codes_that_an_average_changed_are_not_saved(llama, tmp_path):
+    for name, value in averaged(llama).items():
+        target = llama.state_dict()[name]
+        target.copy_(value)
+    with pytest.raises(ValueError, match=r"is other than what was packed.* use_buffers=False"):
+        llama.save_pretrained(tmp_path)
+
+
+def test_codes_that_are_no_whole_numbers_are_not_loaded(llama):
+    state = {name: 0.5 * value for name, value in llama.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"is torch.float32: codes are whole numbers"):
+        llama.load_state_dict(state)
+
+
+def test_a_state_that_is_given_is_saved(llama, ids, tmp_path):
+    with torch.no_grad():
+        before = llama(ids).logits
+        given = {name: value.clone() for name, value in llama.state_dict().items()}
+        llama.get_input_embeddings().codebook.scale.mul_(2)
+    llama.save_pretrained(tmp_path, state_dict=given)
+    assert close(type(llama).from_pretrained(tmp_path)(ids).logits, before)
+    with pytest.raises(ValueError, match=r"packed.codes is missing in what was packed"):
+        llama.save_pretrained(tmp_path, state_dict={k: v for k, v in given.items() if not k.endswith("packed.codes")})
+    with pytest.raises(ValueError, match=r"is other than what was packed"):
+        llama.save_pretrained(tmp_path, state_dict=averaged(llama))
+
+
+def test_a_size_that_was_set_by_hand_is_told_of(llama, tmp_path):
+    llama.get_input_embeddings().num_embeddings = 600
+    with pytest.raises(ValueError, match=r"num_embeddings of model.embed_tokens was set to 600"):
+        llama.save_pretrained(tmp_path)
 
 
 def test_an_offloaded_table_is_refused_as_such(llama, ids, tmp_path):

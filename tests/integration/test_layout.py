@@ -14,7 +14,6 @@ from hf_adacomp.integration.layout import (
     empty_table,
     sealed,
     table_layout,
-    tensor_checksums,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
@@ -71,9 +70,9 @@ def test_layout_says_whether_a_head_reads_the_table(table):
 
 def test_checksums_are_of_all_that_packing_fixed(table, counts):
     integers = {"codebook.weight"}
-    assert tensor_checksums(table).keys() == {"packed.codes", "packed.length_indices"} | integers
-    assert tensor_checksums(make(counts, codebook_dtype="float32")).keys() == {"packed.codes", "packed.length_indices"}
-    assert tensor_checksums(make(counts, packed=False)) == {}
+    assert table.checksums().keys() == {"packed.codes", "packed.length_indices"} | integers
+    assert make(counts, codebook_dtype="float32").checksums().keys() == {"packed.codes", "packed.length_indices"}
+    assert make(counts, packed=False).checksums() == {}
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,22 @@ import numpy as np
 import pytest
 import torch
 from architectures import TIED, UNTIED
-from conftest import LENGTHS, VOCABULARY, close, same_state
-from transformers import RobertaConfig, RobertaModel
+from conftest import LENGTHS, VOCABULARY, close, same_state, tiny_bert_config
+from transformers import (
+    BertLMHeadModel,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    EncoderDecoderModel,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    RobertaConfig,
+    RobertaModel,
+)
 
-from hf_adacomp import AdaCompConfig, add_tokens, compress, keep_tokens, pack
+from hf_adacomp import AdaCompConfig, add_tokens, calibrate, compress, keep_tokens, pack
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -234,3 +246,82 @@ def test_losses_know_the_new_size(name, counts):
     assert model.vocab_size == model.config.vocab_size == VOCABULARY + 3
     ids = torch.randint(4, VOCABULARY + 3, (2, 5))
     assert model(ids, labels=ids).loss.isfinite()
+
+
+PARTS = {
+    "bert": lambda model: model.bert,
+    "llama-tied": lambda model: model.model,
+    "gpt2": lambda model: model.transformer,
+}
+
+
+@pytest.mark.parametrize("total", [VOCABULARY + 20, VOCABULARY - 20])
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
+def test_parts_are_resized_with_the_heads_that_read_them(name, total, counts, tmp_path):
+    model = packed(name, counts)
+    ids = torch.randint(4, VOCABULARY - 20, (2, 5))
+    before, smaller = logits(model, ids), min(total, VOCABULARY)
+    PARTS[name](model).resize_token_embeddings(total)
+    after = logits(model, ids)
+    assert after.shape[-1] == total
+    assert torch.allclose(after[..., :smaller], before[..., :smaller], atol=1e-6)
+    model.save_pretrained(tmp_path)
+    assert close(logits(type(model).from_pretrained(tmp_path).eval(), ids), after)
+
+
+def test_a_part_whose_head_has_a_bias_is_not_resized_alone(counts, tmp_path):
+    model = packed("bert", counts)
+    model.bert.resize_token_embeddings(VOCABULARY + 20)
+    with pytest.raises(ValueError, match=rf"gives logits of {VOCABULARY} tokens, but the table has {VOCABULARY + 20}"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_part_that_shares_its_table_is_not_resized_alone(counts):
+    with pytest.raises(ValueError, match=r"T5Stack shares its token table .* resize the whole model"):
+        packed("t5", counts).encoder.resize_token_embeddings(VOCABULARY + 20)
+
+
+def text_and_images() -> CLIPModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(vocab_size=VOCABULARY, eos_token_id=2, **sizes)
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=32)).eval()
+
+
+@torch.no_grad()
+def test_models_without_input_embeddings_of_their_own(counts, tmp_path):
+    settings = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    inputs = {"input_ids": torch.randint(4, 100, (2, 5)), "pixel_values": torch.randn(2, 3, 8, 8)}
+    model = compress(text_and_images(), settings)
+    pack(calibrate(model, [{**inputs, "return_loss": True}] * 2, show_progress=False))
+    before = model(**inputs).logits_per_text
+    keep_tokens(add_tokens(model, 3), 100)
+    assert model.config.text_config.vocab_size == model.text_model.get_input_embeddings().num_embeddings == 100
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(CLIPModel.from_pretrained(tmp_path)(**inputs).logits_per_text, before, atol=1e-5)
+
+
+def test_models_that_leave_resizing_to_their_parts_say_so(counts):
+    encoder, decoder = (tiny_bert_config(is_decoder=decodes, add_cross_attention=decodes) for decodes in (False, True))
+    model = EncoderDecoderModel(encoder=BertModel(encoder), decoder=BertLMHeadModel(decoder))
+    pack(compress(model, AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8"), counts))
+    with pytest.raises(ValueError, match=r"does not know how to resize .* keep_tokens\(model.decoder, ids\)"):
+        keep_tokens(model, 100)
+    assert keep_tokens(model.decoder, 100).get_input_embeddings().num_embeddings == 100
+
+
+def test_a_second_table_by_token_is_resized_along(counts, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "head_dim": 16, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    layers = {
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["full_attention"] * 2,
+    }
+    both = {"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY}
+    model = Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **more, **layers, **both)).eval()
+    settings = AdaCompConfig((4, 8, 16), target_ratio=1.5, codebook_dtype="int8")
+    pack(compress(model, settings, counts, include=["*embed_tokens*"]))
+    keep_tokens(model, 100).save_pretrained(tmp_path)
+    ids = torch.randint(4, 100, (2, 5))
+    assert close(logits(Gemma3nForCausalLM.from_pretrained(tmp_path).eval(), ids), logits(model, ids))
