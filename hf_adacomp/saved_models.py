@@ -51,6 +51,8 @@ def load_tokenizer(name: str, model: Any) -> PreTrainedTokenizerBase:
 
 def save_model(model: Any, name: str, out: Path) -> None:
     """Save a model that was loaded by `name`, with the tokenizer that lies there."""
+    if out.is_file():
+        raise ValueError(f"{out} is a file: name a folder to write the model to")
     model.save_pretrained(str(out))
     if not is_sentence_model(model) and transformers_compat.file_of(name, TOKENIZER_FILE):
         load_tokenizer(name, model).save_pretrained(out)

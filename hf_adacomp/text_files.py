@@ -38,13 +38,13 @@ def read_texts(file: Path, column: str | None = None) -> list[str]:
 
 def _open(file: Path) -> IO[str]:
     # Field values of a table may hold line ends of their own; spreadsheets write a mark before the first.
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
     return file.open(encoding="utf-8-sig", newline="")
 
 
 def _texts(file: Path, lines: IO[str], column: str | None) -> Iterator[str]:
-    kind = Path(file.name.removesuffix(".gz")).suffix
+    kind = Path(file.name.lower().removesuffix(".gz")).suffix
     if kind in UNREADABLE:
         raise ValueError(f"{file}: {kind} is not read. Write a line a text, or one of {', '.join(TABLES)}")
     if kind not in TABLES:

@@ -128,6 +128,7 @@ def test_decompress_gives_a_plain_model(packed, ids, tmp_path):
     [
         (["inspect", "{toy}"], "has no compressed embedding: call compress"),
         (["decompress", "{toy}", "{tmp}/out"], "has no compressed embedding"),
+        (["compress", "{toy}", "{tmp}/empty.txt"], "empty.txt is a file: name a folder"),
         (["compress", "{toy}", "{tmp}/out", "--ratio", "100000"], "target_ratio"),
         (["compress", "{toy}", "{tmp}/out", "--ratio", "-1"], "-1"),
         (["compress", "{toy}", "{toy}"], "name another folder"),

@@ -26,6 +26,8 @@ def write(file, kind, name="text"):
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl"])
 def test_texts_of_every_kind_of_file(tmp_path, kind, packed):
     expected = [text.replace("\n", " ") for text in TEXTS] if kind == "txt" else TEXTS
+    loud = write(tmp_path / f"texts.{kind}{packed}", kind)
+    assert read_texts(loud.rename(tmp_path / f"LOUD.{kind}{packed}".upper())) == expected
     assert read_texts(write(tmp_path / f"texts.{kind}{packed}", kind)) == expected
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .sentence import default_prompt, is_sentence_model, tokenizer_of
 from .tables import num_tokens, transformers_models
@@ -88,6 +88,11 @@ def batches_of(
         raise ValueError(f"one {kind} is given: calibrate takes a list of texts, or a list or loader of batches")
     if tokenizer is None and is_sentence_model(model):
         tokenizer = tokenizer_of(model)
+    if hasattr(texts_or_batches, "columns") or not hasattr(texts_or_batches, "__iter__"):
+        raise ValueError(
+            "calibrate takes a list of texts, such as one column of a table, or a list or loader of batches; got a "
+            f"{type(texts_or_batches).__name__}"
+        )
     given: Iterable[Any] = texts_or_batches
     try:
         len(given)  # type: ignore[arg-type]  # that is the question: a loader knows its length, a generator does not
@@ -97,11 +102,22 @@ def batches_of(
     if first is None:
         raise ValueError("no texts and no batches are given: there is nothing to calibrate on")
     if isinstance(first, Mapping):
+        texts = [name for name, value in first.items() if isinstance(value, str)]
+        if texts and not any(isinstance(value, Tensor) for value in first.values()):
+            raise ValueError(
+                f"rows of a data set are given, with texts in {texts}: calibrate takes batches of named tensors, or "
+                f"the texts of one column, such as dataset[{texts[0]!r}]"
+            )
         return given, None
     if not _is_text(first):
         raise ValueError(f"calibrate takes texts, pairs of texts or batches of named tensors; got {first!r}")
     if tokenizer is None:
         raise ValueError(f"texts for a {type(model).__name__} need its tokenizer: calibrate(model, texts, tokenizer)")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            "the tokenizer must be one of transformers, such as AutoTokenizer.from_pretrained(...); got a "
+            f"{type(tokenizer).__name__}"
+        )
     texts = [*given]
     if bad := [text for text in texts if not _is_text(text)]:
         raise ValueError(f"{len(bad)} of {len(texts)} texts are none, the first {bad[0]!r}: drop them")
@@ -136,8 +152,18 @@ def text_batches(
     if batch_size is None:
         batch_size = BATCH_SIZE if inner.get_output_embeddings() is None else BATCH_SIZE_OF_LOGITS
     longest = getattr(model, "max_seq_length", None) if is_sentence_model(model) else None
-    max_length = min(max_length, longest or max_length)
+    max_length = min(max_length, longest or max_length, _positions(inner) or max_length)
     return TextBatches(texts, tokenizer, batch_size, max_length, num_tokens(inner), default_prompt(model))
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has, if it has a limit, less those that RoBERTa and its kin leave out."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return None
+    tables = [one for one in model.modules() if type(one) is nn.Embedding and one.num_embeddings == positions]
+    left_out = [table.padding_idx + 1 for table in tables if table.padding_idx is not None]
+    return positions - max([0, *left_out])
 
 
 def _is_text(value: Any) -> bool:

@@ -69,7 +69,7 @@ def calibrate(
     """
     numbers = {"batch_size": batch_size, "max_length": max_length, "measured_batches": measured_batches}
     for name, value in numbers.items():
-        if value is not None and value < 1:
+        if value is not None and not (hasattr(value, "__index__") and value >= 1):
             raise ValueError(f"{name} must be a positive whole number; got {value!r}")
     tables = require_compressed(model)
     for name, table in tables.items():
@@ -163,12 +163,15 @@ class _Seen:
 
     def take_note(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch on the model's device; ValueError for ids that the table has not."""
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"all batches must be named tensors, as the first one is; got a {type(batch).__name__}")
         if (ids := batch.get(IDS)) is not None:
-            if not isinstance(ids, Tensor) or ids.dim() < 2 or not ids.numel():
-                given = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+            whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.dtype == torch.bool)
+            if not whole or ids.dim() < 2 or not ids.numel():
+                given = f"{ids.dtype} of {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
                 raise ValueError(
-                    f"{IDS!r} of a batch must be a tensor (B, T); got {given}. A DataLoader makes batches of the rows "
-                    "of a data set, DataLoader(rows, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))"
+                    f"{IDS!r} of a batch must be a tensor of token ids (B, T); got {given}. A DataLoader makes batches "
+                    "of rows of a data set, DataLoader(rows, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))"
                 )
             if not 0 <= int(ids.min()) <= int(ids.max()) < len(self.tokens):
                 raise ValueError(
@@ -192,7 +195,8 @@ class _Seen:
             if not table.reached:
                 raise ValueError(
                     f"the batches never reach {name}: no forward pass has looked up a token in it. Give batches with "
-                    f"token ids ({IDS!r}), and no inputs_embeds"
+                    f"token ids ({IDS!r}), and no inputs_embeds; where texts take one of several routes, calibrate "
+                    "the transformers model of each route by itself"
                 )
         if tokenizer is not None:
             found = set(self.tokens.nonzero().squeeze(1).tolist())

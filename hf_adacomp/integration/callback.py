@@ -36,6 +36,9 @@ class AdaCompCallback(TrainerCallback):
     Logs gain `adacomp/temperature`, `adacomp/phase` and, once codes are fitted, `adacomp/bits_per_token` and
     `adacomp/ratio`.
 
+    Averages of weights (EMA) begin where `adacomp/phase` is `"encode"`, since a code-book is random until it is
+    fitted, and take parameters alone, not buffers.
+
     Everything that training depends on lives in the checkpoint: a resumed run repeats the uninterrupted one. When the
     Trainer is made, checkpoints that a killed training left half-written are named.
 

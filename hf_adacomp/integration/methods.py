@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,6 +18,8 @@ from ..nn.reading import WeightFromCodes
 from .layout import guards
 from .tables import compressed_embeddings, input_embeddings, model_parts
 from .vocabulary import resized_embeddings
+
+logger = logging.getLogger(__name__)
 
 TAGS = ("adacomp", "compression")
 """Of compressed models on the Hub."""
@@ -125,4 +128,7 @@ METHODS_OF_PARTS = (transformers_compat.RESIZED_EMBEDDINGS, "set_input_embedding
 def describe(model: Any, folder: str | os.PathLike[str], **where: str) -> None:
     """Put our part into the card in `folder`, if the model is packed."""
     if _write_card is not None and all(table.phase == "packed" for table in compressed_embeddings(model).values()):
-        _write_card(model, folder, **where)
+        try:
+            _write_card(model, folder, **where)
+        except ValueError as error:  # of a card that lies there: the model is saved all the same
+            logger.warning("the model is saved, but its card is not written: %s", error)

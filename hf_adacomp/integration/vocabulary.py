@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView, Sequence, Set
+from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
@@ -156,7 +156,12 @@ def _listed(tokens: Any) -> Tensor:
     """The ids of the first so many tokens, or ids as they are given, in any form that holds whole numbers."""
     if isinstance(tokens, Set):  # keys of a dict have an order
         tokens = [*tokens] if isinstance(tokens, KeysView) else sorted(tokens)
-    kept = torch.as_tensor(tokens)
+    elif isinstance(tokens, Iterable) and not isinstance(tokens, (Mapping, str)) and not hasattr(tokens, "__len__"):
+        tokens = [*tokens]
+    try:
+        kept = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"tokens to keep are their number or their ids; got {tokens!r}: {error}") from error
     if kept.dtype not in (torch.bool, *FLOATS) and not kept.is_complex():
         kept = kept.to(torch.int64)
     return torch.arange(max(int(kept), 0)) if kept.dim() == 0 and kept.dtype == torch.int64 else kept

@@ -144,6 +144,8 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         those are learned.
         """
         state = self.training_state
+        if state is not None and torch_compat.is_transformed():
+            raise ValueError("torch.func transforms packed tables alone: call pack first")
         if self.training and state is not None and state.observing:
             return SourceVectors(state)
         decoder = self.hard_decoder()

@@ -30,8 +30,9 @@ COPIES = {aten.embedding, aten.index_select, aten.index}
 
 
 LOST = (
-    "is decoded from codes, so that a change would be lost. New tokens: hf_adacomp.add_tokens(model, n, vectors=...). "
-    "To change others: hf_adacomp.decompress(model), change the dense table, compress it again"
+    "is decoded from codes, so that a change would be lost, and cannot be tied to another. New tokens: "
+    "hf_adacomp.add_tokens(model, n, vectors=...). To change others: hf_adacomp.decompress(model), change the dense "
+    "table, compress it again"
 )
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented there
 from transformers import PreTrainedModel
+from yaml import YAMLError  # type: ignore[import-untyped]  # ships no types
 
 from .. import transformers_compat
 from ..integration.methods import TAGS
@@ -92,11 +93,14 @@ def save_model_card(
 
     `save_pretrained` and `push_to_hub` of a packed model do this by themselves; call it to add what they do not know.
     Arguments are those of `model_card`. The picture is left out where matplotlib is not installed or cannot draw.
+
+    Raises:
+        ValueError: For a `README.md` that is no model card.
     """
     file = Path(folder) / "README.md"
     card = model_card(
         model,
-        ModelCard.load(file) if file.exists() else None,
+        _load(file) if file.exists() else None,
         repo_id=repo_id,
         base_model=base_model,
         results=results,
@@ -104,6 +108,14 @@ def save_model_card(
         picture=_draw(model, Path(folder)),
     )
     card.save(file)
+    return card
+
+
+def _load(file: Path) -> ModelCard:
+    try:
+        card: ModelCard = ModelCard.load(file)
+    except (OSError, ValueError, YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as a model card: mend it or delete it. {error}") from error
     return card
 
 

@@ -2,20 +2,25 @@
 
 import copy
 
+import pandas
 import pytest
 import torch
 from conftest import LENGTHS, VOCABULARY, WORDS, tiny_bert_config, word_tokenizer
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModel,
+    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -228,9 +233,16 @@ def test_wrong_input_is_told_before_anything_is_fitted(bert):
             f"run from 5 to {VOCABULARY}, but the table has {VOCABULARY}",
         ),
         ([{"inputs_embeds": torch.randn(2, 3, 32)}], "never reach bert.embeddings.word_embeddings"),
+        (None, "such as one column of a table, .*; got a NoneType"),
+        (pandas.DataFrame({WORDS[5]: texts(4)}), "such as one column of a table, .*; got a DataFrame"),
+        (Dataset.from_dict({"label": [0], "text": ["a"]}), r"texts in \['text'\]: .* such as dataset\['text'\]"),
+        ([{"input_ids": torch.ones(2, 3)}], r"tensor of token ids \(B, T\); got torch.float32 of \(2, 3\)"),
+        ([{"input_ids": torch.tensor([[5, 6]])}, "a text"], "all batches must be named tensors, .*; got a str"),
     ):
         with pytest.raises(ValueError, match=told):
             calibrate(model, given, tokenizer, show_progress=False)
+    with pytest.raises(ValueError, match=r"the tokenizer must be one of transformers, .*; got a str"):
+        calibrate(model, texts(4), "a name")
     with pytest.raises(ValueError, match=r"need its tokenizer: calibrate\(model, texts, tokenizer\)"):
         calibrate(model, texts(4))
     assert model.get_input_embeddings().cold
@@ -294,3 +306,11 @@ def test_what_reads_no_texts_is_told():
     )
     with pytest.raises(ValueError, match=r"Whisper.* reads input_features, no texts.*--counts-from"):
         calibrate(compress(model, settings(target_ratio=4)), texts(9), word_tokenizer())
+
+
+@pytest.mark.parametrize("kind", [BertConfig, RobertaConfig])
+def test_long_texts_are_cut_to_the_positions_that_there_are(kind):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = AutoModel.from_config(kind(vocab_size=VOCABULARY, max_position_embeddings=20, pad_token_id=0, **sizes))
+    calibrate(compress(model, settings()), [" ".join([WORDS[5]] * 40)] * 4, word_tokenizer(), show_progress=False)
+    assert not model.get_input_embeddings().cold

@@ -171,7 +171,7 @@ def test_a_padding_token_that_positions_start_at_keeps_its_id(counts):
     assert close(model(torch.tensor([[2, 0]])).last_hidden_state, before)
 
 
-@pytest.mark.parametrize("form", [set, dict.fromkeys, np.array, lambda ids: np.array(ids, dtype=np.uint16)])
+@pytest.mark.parametrize("form", [set, dict.fromkeys, iter, np.array, lambda ids: np.array(ids, dtype=np.uint16)])
 def test_ids_are_kept_in_any_form(packed_bert, form):
     tokens = form([0, 3, 7])
     assert keep_tokens(packed_bert, tokens.keys() if isinstance(tokens, dict) else tokens).config.vocab_size == 3
@@ -196,6 +196,9 @@ def test_numbers_and_vectors_of_numpy(counts):
         ([1, 2], "cannot drop the padding token 0"),
         (513, "cannot keep 513 of 512 tokens"),
         (-1, "cannot keep -1 of 512 tokens"),
+        (None, "their number or their ids; got None"),
+        (["a", "b"], r"their number or their ids; got \['a', 'b'\]"),
+        ({0: 5, 3: 7}, "their number or their ids; got {0: 5"),
     ],
 )
 def test_tokens_that_cannot_be_kept_are_quoted(packed_bert, tokens, message):

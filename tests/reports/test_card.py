@@ -105,6 +105,17 @@ def test_training_form_gets_no_card(bert, config, counts, tmp_path):
     assert not (tmp_path / "README.md").exists()
 
 
+@pytest.mark.parametrize("content", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"---\nl\xe4rm: 1\n---"])
+def test_a_card_that_cannot_be_read_costs_no_saved_model(packed_bert, ids, tmp_path, caplog, content):
+    (tmp_path / "README.md").write_bytes(content)
+    packed_bert.save_pretrained(tmp_path)
+    assert "the model is saved, but its card is not written" in caplog.text
+    assert (tmp_path / "README.md").read_bytes() == content
+    assert close(type(packed_bert).from_pretrained(tmp_path)(ids).logits, packed_bert(ids).logits)
+    with pytest.raises(ValueError, match=r"README.md cannot be read as a model card: mend it or delete it"):
+        save_model_card(packed_bert, tmp_path)
+
+
 def test_without_matplotlib_there_is_no_picture(packed_bert, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_adacomp.reports.card.can_plot", lambda: False)
     packed_bert.save_pretrained(tmp_path)
