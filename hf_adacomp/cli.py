@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "export",
         help="write a compressed model to ONNX",
-        description="Write a compressed encoder, or model of sentence-transformers with its pooling, to ONNX. A folder "
+        description="Write a compressed encoder, language model, or model of sentence-transformers to ONNX. A folder "
         "gets the layout that transformers.js loads. Needs the extra `onnx`.",
     )
     verb.add_argument("model", metavar="DIR", help=packed)
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 def _compress(args: argparse.Namespace) -> None:
     _refuse_same(args)
     if args.report and args.calibrate is None:
-        raise ValueError("--report compares answers to texts of --calibrate: name them")
+        raise ValueError("--report compares answers to texts of --calibrate FILE: give one")
     if args.column is not None and args.calibrate is None and args.counts_from is None:
         raise ValueError(f"--column {args.column} is for the file of --calibrate or --counts-from: name one")
     config = AdaCompConfig(args.code_lengths or "auto", target_ratio=args.ratio, head=args.head)
@@ -154,14 +154,16 @@ def _calibrate(args: argparse.Namespace, model: Any, texts: list[str]) -> None:
         )
     pack(model)
     if agreement is not None:
-        cosines = agreement.cosines()
+        cosines, kind = agreement.cosines(), "correlation" if agreement.of_numbers else "cosine"
         print(
-            f"cosine of dense and packed answers to {len(held_out)} held-out texts: mean {cosines.mean():.4f}, "
+            f"{kind} of dense and packed answers to {len(held_out)} held-out texts: mean {cosines.mean():.4f}, "
             f"lowest 5 % below {cosines.quantile(0.05):.4f}"
         )
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if args.tokens < 0:
+        raise ValueError(f"--tokens must not be negative; got {args.tokens}")
     model = load_model(args.model)
     size = size_report(model)
     rows = token_table(model, load_tokenizer(args.model, model))
@@ -178,6 +180,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
+    if args.column is not None and args.counts_from is None:
+        raise ValueError(f"--column {args.column} is for the file of --counts-from: name it")
     model = load_model(args.model)
     counts = _counts(args, model)
     plot_lengths(model, counts).savefig(args.out)

@@ -23,6 +23,9 @@ HEADS = ("compress", "dense")
 INTEGER_BITS = {"int4": 4, "int8": 8}
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = sys.float_info.max
+MOST_BITS = 2**20
+"""Of a code, and the largest width of vectors, by which all sizes stay within int64."""
+
 SEEDS = 2**32
 """How many seeds there are, as for numpy's and transformers' `set_seed`."""
 
@@ -44,8 +47,9 @@ class AdaCompConfig(QuantizationConfigMixin):
         code_lengths: Bits of codes, strictly increasing; every token ends up with one of these lengths. Or
             `"auto"`: the ladder that promises the least distortion for the table, its counts and `target_ratio`.
         target_ratio: Bytes of the dense float32 table over all stored bytes of the compressed one (codes, lengths,
-            code-book). The frozen lengths never exceed that size.
-        temperature_start: Gumbel-softmax temperature at the first step.
+            code-book), without a head's own copy (`head="dense"`). The frozen lengths never exceed that size.
+        temperature_start: Gumbel-softmax temperature at the first step of training; where lengths begin to be learned,
+            at `observe_fraction`, it has cooled to 0.47 by default.
         temperature_end: Gumbel-softmax temperature when the lengths are frozen.
         anneal: Path between the two: `"exponential"`, `"linear"` or `"cosine"`.
         observe_fraction: Share of training, its beginning, in which the table computes with its source vectors while
@@ -183,6 +187,13 @@ class AdaCompConfig(QuantizationConfigMixin):
         return f"AdaCompConfig({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
+def checked_config(config: Any) -> AdaCompConfig:
+    """The same; ValueError for what are no settings."""
+    if not isinstance(config, AdaCompConfig):
+        raise ValueError(f"config must be an AdaCompConfig, such as AdaCompConfig(target_ratio=40); got {config!r}")
+    return config
+
+
 def _plain(value: Any) -> Any:
     """A number or list of Python for those of numpy and torch, which say what they are by `tolist`."""
     return value.tolist() if hasattr(value, "tolist") else value
@@ -197,8 +208,8 @@ def _checked_lengths(code_lengths: Sequence[int] | str) -> tuple[int, ...] | str
             f"code_lengths must be {AUTO!r} or a sequence of at least one length in bits; got {code_lengths!r}"
         )
     lengths = tuple(_integer("code_lengths", length) for length in code_lengths)
-    if min(lengths) < 1:
-        raise ValueError(f"code_lengths must be positive numbers of bits; got {lengths}")
+    if not 1 <= min(lengths) <= max(lengths) <= MOST_BITS:
+        raise ValueError(f"code_lengths must be from 1 to {MOST_BITS} bits; got {lengths}")
     if len(set(lengths)) < len(lengths):
         raise ValueError(f"code_lengths must not repeat a length; got {lengths}: drop the copies")
     if list(lengths) != sorted(lengths):
@@ -237,6 +248,7 @@ def _boolean(name: str, value: bool) -> bool:
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    value = _plain(value)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value

@@ -34,7 +34,9 @@ def load_model(name: str) -> Any:
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, str(architecture), None)
     if model_class is None:
-        raise ValueError(f"{name}: its config names the architecture {architecture!r}, which transformers has not")
+        raise ValueError(
+            f"{name}: its config names the architecture {architecture!r}, which this transformers does not have"
+        )
     model: PreTrainedModel = model_class.from_pretrained(name)
     return model
 

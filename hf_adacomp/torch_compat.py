@@ -34,6 +34,21 @@ class KeptDtype(nn.Module):
         return self
 
 
+class KeptBuffers(nn.Module):
+    """A module some of whose buffers keep their dtype when a model is cast, as all do of `KeptDtype`."""
+
+    kept_buffers: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptBuffers:
+        before = {name: self._buffers[name] for name in self.kept_buffers if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        for name, old in before.items():
+            moved = self._buffers[name]
+            if old is not None and moved is not None and moved.dtype != old.dtype:
+                self._buffers[name] = old.to(moved.device)
+        return self
+
+
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 

@@ -71,7 +71,7 @@ class Encoder(NamedTuple):
         return bits
 
 
-class BinaryCodebook(nn.Module):
+class BinaryCodebook(torch_compat.KeptBuffers):
     """A code-book of `length` code vectors of width `dim`, with the encoder that chooses among them.
 
         encode   s_i = H(F_i x + f_i - sum_{j<l} S_ij s_j) - 1/2    i < l, S = s C M C^T off the diagonal: `decide_bits`
@@ -96,6 +96,7 @@ class BinaryCodebook(nn.Module):
     """
 
     encoder_scale: Tensor
+    kept_buffers = ("encoder_scale",)  # the smaller vectors are, the larger is it: float16 would overflow
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class BinaryCodebook(nn.Module):
         self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5 / self.rate)
         self.bias = nn.Parameter(torch.zeros(dim, **options))
         self.encoder_bias = nn.Parameter(torch.zeros(length, **options))
-        self.register_buffer("encoder_scale", torch.ones(1, **options))
+        self.register_buffer("encoder_scale", torch.ones(1, dtype=torch.float32, device=device))
         if not tied:
             self.encoder_weight = nn.Parameter(torch.randn(length, dim, **options) / dim**0.5)
         self.register_state_dict_post_hook(_store_as_decoded)  # type: ignore[no-untyped-call]  # torch's

@@ -20,7 +20,7 @@ class Graph(nn.Module):
     """A model as a function `(input_ids, attention_mask) -> outputs`, int64 (B, T) both, in eval mode.
 
     A sentence model computes `token_embeddings` (B, T, d) and, pooled and in unit length if it is so, the
-    `sentence_embedding` (B, d); another model its `logits` or `last_hidden_state`.
+    `sentence_embedding` (B, d), a cross-encoder its `scores`; another model its `logits` or `last_hidden_state`.
 
     Args:
         model: A transformers model, packed or dense, or one of sentence-transformers. It is copied.
@@ -35,8 +35,8 @@ class Graph(nn.Module):
         (inner,) = transformers_models(model)[:1]
         if inner.config.is_encoder_decoder:
             raise ValueError(
-                f"{type(inner).__name__} is an encoder and a decoder, whose steps are several graphs: export its "
-                "encoder, model.get_encoder()"
+                f"{type(inner).__name__} is an encoder and a decoder, whose steps are several graphs, and is not "
+                "exported. An encoder alone is, where it has a class that loads the folder, such as T5EncoderModel"
             )
         inner.set_attn_implementation("eager")  # whose graph holds for any shape
         inner.config.use_cache = False
@@ -75,6 +75,8 @@ class Graph(nn.Module):
         found = self._all_outputs(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
         if self.sentence and "sentence_embedding" in found:
             return ("token_embeddings", "sentence_embedding")
+        if self.sentence and "scores" in found:  # of a CrossEncoder
+            return ("scores",)
         names = tuple(name for name in ("logits", "last_hidden_state") if isinstance(found.get(name), Tensor))[:1]
         if not names:
             raise ValueError(f"{type(self.inner).__name__} returns {sorted(found)}: no logits and no hidden states")

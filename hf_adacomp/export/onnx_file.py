@@ -96,7 +96,7 @@ def _require(*modules: str) -> None:
         try:
             import_module(name)
         except ModuleNotFoundError as error:
-            raise ValueError(f'exporting to ONNX needs {name}: pip install "hf-adacomp[onnx]"') from error
+            raise ValueError(f"exporting to ONNX needs {name}: pip install onnx onnxscript onnxruntime") from error
 
 
 def write_graph(graph: Graph, file: Path) -> list[str]:

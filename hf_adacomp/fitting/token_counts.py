@@ -8,6 +8,9 @@ from torch import Tensor
 OCCURRENCES = 4
 """Of the most frequent token, by guess: so many times V over its rank."""
 
+MOST_OCCURRENCES = 2.0**63
+"""Of a token, in int64."""
+
 FITTED_TOKENS = 1 << 15
 LARGEST_COUNT = 20.0
 LARGEST_LOG_RATE = 6.0
@@ -16,8 +19,17 @@ RIDGE = 1e-3
 
 
 def checked_counts(token_counts: Tensor, num_embeddings: int) -> Tensor:
-    """The counts as int64, (V,); ValueError for another shape, negative or non-finite ones."""
-    counts = torch.as_tensor(token_counts)
+    """The counts as int64, (V,); ValueError for another shape, negative or non-finite ones, and what is no tensor."""
+    try:
+        counts = torch.as_tensor(token_counts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = type(token_counts).__name__
+        raise ValueError(f"token_counts must be a tensor ({num_embeddings},); got a {given}: {error}") from error
+    if counts.is_complex() or counts.is_meta or counts.layout != torch.strided:
+        raise ValueError(
+            f"token_counts must be a dense tensor of whole numbers; got {counts.dtype}, {counts.layout} on "
+            f"{counts.device}"
+        )
     counts = counts if counts.is_floating_point() else counts.to(torch.int64)
     if counts.shape != (num_embeddings,):
         raise ValueError(f"token_counts must have shape ({num_embeddings},); got {tuple(counts.shape)}")
@@ -29,6 +41,8 @@ def checked_counts(token_counts: Tensor, num_embeddings: int) -> Tensor:
             f"token_counts must be whole numbers of occurrences; got {counts[bad].item():g} for token {bad}. "
             "Frequencies, multiplied by the number of tokens they are of and rounded, are counts"
         )
+    if counts.is_floating_point() and (counts >= MOST_OCCURRENCES).any():
+        raise ValueError(f"token_counts must be below 2^63; got {counts.max().item():g}")
     if (counts < 0).any():
         bad = int((counts < 0).nonzero()[0])
         raise ValueError(f"token_counts must not be negative; got {counts[bad].item()} for token {bad}")

@@ -29,9 +29,17 @@ class Agreement:
         with source_in_use(model):
             self.dense = self._answers()
 
+    @property
+    def of_numbers(self) -> bool:
+        """Whether answers are single numbers, whose angle tells their sign alone."""
+        return self.dense[0].shape[1] == 1
+
     def cosines(self) -> Tensor:
-        """Of each row of the answers, one a text or one a token, (N,)."""
-        pairs = zip(self._answers(), self.dense, strict=True)
+        """Of each row of the answers, one a text or one a token, (N,); of single numbers their correlation, (1,)."""
+        pairs = [*zip(self._answers(), self.dense, strict=True)]
+        if self.of_numbers:
+            now, before = (torch.cat(rows).flatten() for rows in zip(*pairs, strict=True))
+            return torch.corrcoef(torch.stack([now, before]))[0, 1:]
         return torch.cat([F.cosine_similarity(now, before, dim=1) for now, before in pairs])
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .sentence import default_prompt, is_sentence_model, tokenizer_of
-from .tables import num_tokens, transformers_models
+from .tables import input_embeddings, num_tokens, transformers_models
 
 BATCH_SIZE, BATCH_SIZE_OF_LOGITS, MAX_LENGTH = 16, 4, 256
 """Texts in a batch, those of a model that makes logits of a whole vocabulary at each token, and tokens of a text."""
@@ -120,7 +120,7 @@ def batches_of(
         )
     texts = [*given]
     if bad := [text for text in texts if not _is_text(text)]:
-        raise ValueError(f"{len(bad)} of {len(texts)} texts are none, the first {bad[0]!r}: drop them")
+        raise ValueError(f"{len(bad)} of {len(texts)} entries are not texts, the first {bad[0]!r}: drop them")
     if not any("".join(text).strip() for text in texts):
         raise ValueError(f"all {len(texts)} texts are empty: there is nothing to calibrate on")
     return text_batches(model, texts, tokenizer, batch_size, max_length), tokenizer
@@ -144,6 +144,11 @@ def text_batches(
 ) -> TextBatches:
     """Batches of texts as a model takes them: a sentence model puts its default prompt first."""
     inner = transformers_models(model)[0]
+    if input_embeddings(inner) is None:
+        raise ValueError(
+            f"{type(inner).__name__} reads more than texts: calibrate it on batches, or the part that reads texts, "
+            "calibrate(model.text_model, texts, tokenizer) or the like, and then pack(model)"
+        )
     if inner.main_input_name != "input_ids" and "input_ids" not in inspect.signature(inner.forward).parameters:
         raise ValueError(
             f"{type(inner).__name__} reads {inner.main_input_name}, no texts: calibrate it on batches as its training "

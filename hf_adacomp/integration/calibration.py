@@ -75,8 +75,8 @@ def calibrate(
     for name, table in tables.items():
         if table.phase != "observe":
             raise ValueError(
-                f"{name} is not to be calibrated in its phase {table.phase!r}: calibrate(model, texts) comes right "
-                "after compress(model, config)"
+                f"{name} is fitted already (phase {table.phase!r}), to token_counts or a training: pack(model). To "
+                "calibrate, compress the dense model without token_counts"
             )
     seen = _Seen(transformers_models(model)[0], tables)
     batches, tokenizer = batches_of(model, texts_or_batches, tokenizer, batch_size, max_length)
@@ -191,7 +191,9 @@ class _Seen:
         """ValueError for batches that reach no table, answers that are no numbers, texts of special tokens alone."""
         for name, table in self.tables.items():
             if table.require_training("calibrate").observation.broken:
-                raise ValueError(f"the gradients at {name} are NaN or Inf: the model's answers to these batches are")
+                raise ValueError(
+                    f"the gradients at {name} are NaN or Inf, as the model's outputs for these batches are"
+                )
             if not table.reached:
                 raise ValueError(
                     f"the batches never reach {name}: no forward pass has looked up a token in it. Give batches with "

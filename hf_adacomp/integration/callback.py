@@ -104,7 +104,7 @@ class AdaCompCallback(TrainerCallback):
             if before == "observe" != embedding.phase and not embedding.reached:
                 raise ValueError(
                     f"the batches never reach {name}: no forward pass has looked up a token in it. Where they bring "
-                    "inputs_embeds, or vectors of their own, train without the callback, or give token ids"
+                    "inputs_embeds, or vectors of their own, pack(model) first, and train without the callback"
                 )
             if embedding.phase == "encode" != before:
                 # Scores so far belong to lengths that may have changed since: the best model is sought from here on.

@@ -53,7 +53,7 @@ def stored_tensors(files: Iterable[str | os.PathLike[str]]) -> dict[str, Stored]
                     part = content.get_slice(name)
                     tensors[name] = Stored(tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
-            raise ValueError(f"{file} is no whole safetensors file ({error}): copy or download it again") from error
+            raise ValueError(f"{file} is a damaged safetensors file ({error}): copy or download it again") from error
     return tensors
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import transformers_compat
-from ..config import AdaCompConfig
+from ..config import AdaCompConfig, checked_config
 from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
 from .integrity import refuse_training
 from .quantizer import AdaCompHfQuantizer, attach, attach_whole, detach, refuse_quantized
 from .sentence import give_save, put_static_embedding, put_static_model, static_model, take_save
 from .surgery import Planned, install, plan, refuse_ties_outside, take_out
-from .tables import compressed_embeddings, keep_from_broadcasts, require_compressed, transformers_models
+from .tables import compressed_models, keep_from_broadcasts, named_modules, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
 
@@ -61,8 +61,7 @@ def compress(
     Raises:
         ValueError: If the model cannot be compressed; it is then as it was.
     """
-    if not isinstance(config, AdaCompConfig):
-        raise ValueError(f"config must be an AdaCompConfig, such as AdaCompConfig(target_ratio=40); got {config!r}")
+    checked_config(config)
     static = static_model(model)
     inner = [static] if static is not None else transformers_models(model)
     if not inner:
@@ -76,7 +75,7 @@ def compress(
     if static is not None:
         planned = [(static, *_plan_static(static, config, *further))]
     else:
-        planned = [(one, *_plan(one, config, *further)) for one in inner]
+        planned = [(one, *_plan(one, config, *_named_within(model, one, *further))) for one in inner]
         for one, _, tables in planned:
             refuse_ties_outside(model, one, tables)
     for one, quantizer, tables in planned:  # all of them can be compressed
@@ -86,6 +85,28 @@ def compress(
         put_static_model(model, static)
     give_save(model)
     return model
+
+
+def _named_within(
+    whole: Any,
+    model: PreTrainedModel,
+    token_counts: Tensor | Mapping[str, Tensor] | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+) -> tuple[Tensor | Mapping[str, Tensor] | None, Sequence[str] | None, Sequence[str]]:
+    """Names of modules as `model` has them, where a user may have written those of the whole object."""
+    names = {module: name for name, module in named_modules(whole).items()}
+    prefix = f"{names[model]}." if names[model] else ""
+    others = tuple(f"{names[other]}." for other in transformers_models(whole) if other is not model)
+    if isinstance(token_counts, Mapping):
+        token_counts = {
+            str(name).removeprefix(prefix): counts
+            for name, counts in token_counts.items()
+            if not str(name).startswith(others)
+        }
+    patterns = [[some] if isinstance(some, str) else some or [] for some in (include, exclude)]
+    own = [[pattern.removeprefix(prefix) for pattern in some] for some in patterns]
+    return token_counts, None if include is None else own[0], own[1]
 
 
 def _plan_static(static: StaticModel, config: AdaCompConfig, *further: Any) -> tuple[AdaCompHfQuantizer, Planned]:
@@ -99,9 +120,13 @@ def _plan_static(static: StaticModel, config: AdaCompConfig, *further: Any) -> t
     try:
         return _plan(static, of_directions, *further)
     except TargetRatioError as error:
+        fitting, dense = error.fitting + static.gain_bytes, 4 * static.embed_tokens.weight.numel()
         raise TargetRatioError(
-            f"{error} (target_ratio={config.target_ratio:g} was asked for; lengths of vectors take "
-            f"{static.gain_bytes} bytes of it, and the table of directions has the rest)"
+            f"target_ratio={config.target_ratio:g} cannot be met: lengths of vectors take {static.gain_bytes} bytes of "
+            f"{int(dense / config.target_ratio)}, and code-book, code lengths and the shortest codes {error.fitting}. "
+            f"The largest ratio that fits is {int(100 * dense / fitting) / 100:g}; or choose fewer or shorter "
+            "code_lengths",
+            fitting,
         ) from error
 
 
@@ -137,7 +162,7 @@ def pack(model: Model) -> Model:
 
 
 def decompress(model: Model) -> Model:
-    """Put dense embeddings with the decoded vectors back, in place; returns `model`, which needs us no more.
+    """Put dense embeddings with the decoded vectors back, in place; returns `model`, which no longer needs hf_adacomp.
 
     Places that shared the table are tied again. If the head kept weights of its own (`head="dense"`), it keeps them;
     nothing is tied then, and `config.tie_word_embeddings` is False.
@@ -153,10 +178,9 @@ def decompress(model: Model) -> Model:
     """
     refuse_training(require_compressed(model))
     attach_whole(model)
-    for one in transformers_models(model):
-        if compressed_embeddings(one):
-            take_out(one)
-            detach(one)
+    for one in compressed_models(model):
+        take_out(one)
+        detach(one)
     put_static_embedding(model)
     take_save(model)
     return model

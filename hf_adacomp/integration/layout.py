@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codes.packed import PackedCodes
-from ..config import LARGEST, AdaCompConfig
+from ..config import LARGEST, MOST_BITS, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from ..nn.loading import GUARD
@@ -25,8 +25,7 @@ SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_r
 matters to training alone."""
 
 MOST_TOKENS = 2**31 - 1
-MOST_BITS = 2**20
-"""Bounds of V (places of tokens are int32) and of d and code lengths, which keep all sizes within int64."""
+"""Bound of V: places of tokens are int32."""
 
 
 def table_layout(embedding: AdaptiveCompressedEmbedding, tied_head: bool) -> dict[str, Any]:

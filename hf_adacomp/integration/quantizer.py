@@ -173,8 +173,8 @@ def refuse_quantized(model: PreTrainedModel) -> None:
         return
     raise ValueError(
         f"{type(model).__name__} is quantized already, by {getattr(method, 'value', method)}, and transformers stores "
-        "one quantization_config a model: compress the unquantized model and save it; then quantize its linear layers "
-        "in memory after from_pretrained, for example torchao.quantize_(model, Int8WeightOnlyConfig())"
+        "one quantization_config per model: compress the unquantized model and save it; then quantize linear layers in "
+        "memory after from_pretrained, for example torchao.quantize_(model, Int8WeightOnlyConfig())"
     )
 
 

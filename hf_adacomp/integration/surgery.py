@@ -37,7 +37,7 @@ def plan(
 ) -> Planned:
     """Compressed tables for the places of the token tables of `model`, which stays as it is; ValueError if it must."""
     if compressed_embeddings(model):
-        raise ValueError(f"{type(model).__name__} is compressed already; decompress(model) undoes it")
+        raise ValueError(f"{type(model).__name__} is compressed already: load the dense model anew, and compress that")
     tables = dense_tables(model, include, exclude)
     names = [table.name for table in tables]
     counts = token_counts if isinstance(token_counts, Mapping) else dict.fromkeys(names, token_counts)

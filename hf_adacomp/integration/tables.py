@@ -65,10 +65,24 @@ def num_tokens(model: PreTrainedModel) -> int:
 def compressed_model(model: Any) -> PreTrainedModel:
     """The one transformers model with compressed tables that `model` is or holds."""
     require_compressed(model)
-    found = [inner for inner in transformers_models(model) if compressed_embeddings(inner)]
-    if len(found) != 1:
-        raise ValueError(f"{type(model).__name__} holds {len(found)} compressed transformers models: name one of them")
+    found = compressed_models(model)
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} compressed transformers models: call this with one of them"
+        )
     return found[0]
+
+
+def compressed_models(model: Any) -> list[PreTrainedModel]:
+    """The transformers models with compressed tables that `model` is or holds; ValueError if there are none."""
+    tables = require_compressed(model)
+    found = [inner for inner in transformers_models(model) if compressed_embeddings(inner)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has compressed tables, {[*tables]}, but no transformers model, which this takes. "
+            "embedding.to_embedding() gives the dense module of a table"
+        )
+    return found
 
 
 def compressed_embeddings(model: Any) -> dict[str, AdaptiveCompressedEmbedding]:
@@ -149,9 +163,11 @@ def dense_tables(
             continue
         tables.append(dense_table(model, names[owner], owner))
     if not tables:
-        asked = "" if include is None and not exclude else f" for include={include} and exclude={exclude}"
+        asked = f" that include={include} and exclude={exclude} name" if include is not None or exclude else ""
+        embeddings = [name for module, name in names.items() if isinstance(module, TABLES)]
         raise ValueError(
-            f"{type(model).__name__} has no token embeddings to compress (get_input_embeddings found none){asked}"
+            f"{type(model).__name__} has no token embeddings to compress{asked}. Its embeddings are {embeddings}: name "
+            "some by include"
         )
     return tables
 
@@ -184,7 +200,8 @@ def dense_table(model: PreTrainedModel, name: str, owner: nn.Module) -> DenseTab
                 f"{type(model).__name__} ties its token embeddings {name!r} to {other!r}, a {type(module).__name__}: "
                 "only embeddings with the same scale and nn.Linear output heads are understood"
             )
-    if loose := declared - table.weights:
+    loose = declared - table.weights
+    if loose and getattr(model.config, "tie_word_embeddings", True):
         raise ValueError(
             f"{type(model).__name__} declares {min(loose)!r} tied to '{name}.weight', but they are different tensors: "
             "call model.tie_weights(), or set config.tie_word_embeddings=False, before compress"

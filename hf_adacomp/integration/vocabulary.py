@@ -17,6 +17,7 @@ from ..nn.sharing import SharedEmbedding
 from ..nn.static import StaticModel
 from .new_codes import codes_for
 from .tables import (
+    compressed_embeddings,
     compressed_heads,
     compressed_model,
     input_embeddings,
@@ -37,9 +38,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> Model:
     """Append `num_tokens` tokens to the packed table of `model`, in place, and to its output head; returns `model`.
 
-    Each gets a code of the longest length: the nearest to its vector, or one close to the mean vector, no two alike.
-    Like all packed tokens they learn in further training what code-book scales and biases can express. A head with
-    weights of its own gets the mean of its rows.
+    Each gets a code of the longest length: the nearest to its vector, or one close to the mean vector, different as far
+    as the length allows. Like all packed tokens they learn in further training what code-book scales and biases can
+    express. A head with weights of its own gets the mean of its rows.
 
     >>> import torch
     >>> from hf_adacomp import AdaCompConfig, add_tokens, compress, pack
@@ -59,8 +60,11 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
         ValueError: For a negative number, vectors of another shape, a model with several vocabularies, or one that
             is not packed yet: call `model.resize_token_embeddings` before `compress`, or `pack` first.
     """
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must not be negative; got {num_tokens}. To drop tokens, keep_tokens(model, n)")
+    if isinstance(num_tokens, bool) or not hasattr(num_tokens, "__index__") or num_tokens < 0:
+        raise ValueError(
+            f"num_tokens must be a whole number, not negative; got {num_tokens!r}. To drop tokens, keep_tokens takes "
+            "the number that stays"
+        )
     inner, tables = _resizable(model)
     if vectors is not None and len(tables) > 1:
         raise ValueError(f"{type(model).__name__} has {len(tables)} token tables: add_tokens without vectors")
@@ -136,6 +140,10 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
 
 def _resizable(model: Any) -> tuple[PreTrainedModel, list[AdaptiveCompressedEmbedding]]:
     """The transformers model, or its outermost part, that knows the packed tables as its input embeddings."""
+    if not compressed_embeddings(model):
+        raise ValueError(
+            f"{type(model).__name__} is not compressed: model.resize_token_embeddings(n) changes a dense vocabulary"
+        )
     inner = compressed_model(model)
     tables = _packed_tables(inner)
     knowing = (part for _, part in model_parts(inner) if input_embeddings(part) is not None)
@@ -211,7 +219,12 @@ def resized_embeddings(
 
 def _packed_tables(model: PreTrainedModel) -> list[AdaptiveCompressedEmbedding]:
     """The packed tables of token vectors, all of one vocabulary."""
-    found = token_tables(model) or require_compressed(model)
+    found = token_tables(model)
+    if not found:
+        raise ValueError(
+            f"no table of token vectors is compressed in the {type(model).__name__}, only "
+            f"{[*require_compressed(model)]}: model.resize_token_embeddings(n) changes a dense one"
+        )
     for name, embedding in found.items():
         if embedding.phase != "packed":
             raise ValueError(

@@ -18,7 +18,19 @@ NEAR = 0.02
 
 
 class TargetRatioError(ValueError):
-    """A table cannot be made as small as was asked for."""
+    """A table cannot be made as small as was asked for.
+
+    Args:
+        message: What was asked for.
+        fitting: Stored bytes of the smallest table that can be made.
+    """
+
+    def __init__(self, message: str, fitting: int) -> None:
+        super().__init__(message, fitting)
+        self.message, self.fitting = message, fitting
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes: int, target_ratio: float) -> int:
@@ -44,7 +56,8 @@ def code_budget(num_tokens: int, dim: int, ladder: Sequence[int], codebook_bytes
             f"target_ratio={target_ratio:g} cannot be met for a table of {num_tokens} x {dim}: of the {stored} bytes "
             f"that it leaves, code-book and lengths take {fixed} and the shortest codes {least}. The largest ratio "
             f"that fits is {int(100 * dense / (fixed + least)) / 100:g}; or choose fewer or shorter code_lengths than "
-            f"{tuple(ladder)}"
+            f"{tuple(ladder)}",
+            fixed + least,
         )
     return 8 * (stored - fixed)
 

@@ -13,6 +13,9 @@ from .bag import Bag
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """Classes of dense tables."""
 
+SMALL, LARGE = 1e-7, 1e6
+"""Largest entries of tables, between which no square of a sum of squares leaves float32."""
+
 OPTIONS = ("sparse", "max_norm", "scale_grad_by_freq")
 """Of dense tables, which a compressed one does not have."""
 
@@ -31,10 +34,18 @@ def checked_table(embedding: nn.Module) -> Tensor:
         given = ", ".join(f"{name}={vars(embedding).get(name)}" for name in OPTIONS)
         raise ValueError(f"cannot compress an {type(embedding).__name__} with {given}: switch these options off first")
     weight = embedding.weight.detach()
-    # The extremes tell, NaN included, without a mask as large as the table.
-    if not weight.is_meta and weight.numel() and not torch.isfinite(torch.stack(weight.aminmax())).all():
+    if weight.is_meta or not weight.numel():
+        return weight
+    extremes = torch.stack(weight.aminmax())  # these tell, NaN included, without a mask as large as the table
+    if not torch.isfinite(extremes).all():
         bad = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
         raise ValueError(f"the source table holds NaN or Inf, first in the row of token {bad}: repair it first")
+    largest = float(extremes.abs().max())
+    if largest and not SMALL <= largest <= LARGE:
+        raise ValueError(
+            f"the largest entry of the source table is {largest:g}, and fits are made of tables where it is from "
+            f"{SMALL:g} to {LARGE:g}: rescale the table"
+        )
     return weight
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import torch_compat
 from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
-from ..config import AdaCompConfig
+from ..config import AdaCompConfig, checked_config
 from ..fitting.ladder import with_ladder_for
 from .decoding import with_all
 from .dense import checked_scale, checked_table
@@ -65,6 +65,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
     ) -> None:
         if _source is None:
             dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+            checked_config(config)
         else:
             dense = nn.Embedding.from_pretrained(_source, padding_idx=padding_idx)  # shares it
         source = dense.weight.data
@@ -100,7 +101,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         Raises:
             ValueError: For a table that cannot be compressed, and for counts that cannot be.
         """
-        source = checked_table(embedding)
+        source, config = checked_table(embedding), checked_config(config)
         offered = with_ladder_for(source, config, token_counts)
         tokens, dim = source.shape
         with torch.inference_mode(False):  # what is made there cannot learn
@@ -133,8 +134,13 @@ class AdaptiveCompressedEmbedding(CodedTable):
             fraction: Optimizer steps done over all steps, 0..1.
             show_progress: Whether to draw a progress bar when the code-book is fitted.
         """
-        if not 0 <= fraction <= 1:
+        try:
+            done = float(fraction)
+        except (TypeError, ValueError):
+            done = -1.0
+        if not 0 <= done <= 1:
             raise ValueError(f"fraction is the share of training that is done, between 0 and 1; got {fraction!r}")
+        fraction = done
         state = self.training_state
         if state is None:
             return

@@ -31,9 +31,7 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
         )
     fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
     if cast := sorted(key for key in fixed & state_dict.keys() if state_dict[key].is_floating_point()):
-        errors.append(
-            f"{cast[0]} is {state_dict[cast[0]].dtype}: codes are whole numbers, of which no average can be had"
-        )
+        errors.append(f"{cast[0]} is {state_dict[cast[0]].dtype}: codes are integers and cannot be averaged or cast")
     stored = {form for form in ("packed", "training_state") for key in state_dict if key.startswith(f"{prefix}{form}.")}
     learning = table.training_state is not None
     if "packed" in stored and (table.anew or not learning):

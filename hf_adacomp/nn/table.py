@@ -124,8 +124,8 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
             return
         if not self.token_counts().any():
             logger.warning(
-                "AdaptiveCompressedEmbedding is used before its warm start: fitting without token counts. Pass "
-                "token_counts to compress(), or train with AdaCompCallback(), which counts what the training uses"
+                "no token was counted yet: AdaptiveCompressedEmbedding is fitted as if all were equally frequent. Pass "
+                "token_counts to compress(), calibrate on texts, or train with AdaCompCallback(), which counts"
             )
         state = self.require_training("ensure_warm")
         if self.config.measured and (metric := state.observation.measured_metric()) is not None:

@@ -145,7 +145,8 @@ class TrainingState(nn.Module):
         if self.config.measured and not self.observation.moments.any():
             logger.warning(
                 "no gradient reached the table while it was observed: neither tokens were counted nor directions "
-                "measured. Pass token_counts to compress(), and AdaCompConfig(significance=False) if that is as meant"
+                "measured. Pass token_counts to compress(), and AdaCompConfig(significance=False) if no gradient is to "
+                "reach it"
             )
 
     def start(self, cost: Tensor, budget: int) -> None:

@@ -31,8 +31,8 @@ COPIES = {aten.embedding, aten.index_select, aten.index}
 
 LOST = (
     "is decoded from codes, so that a change would be lost, and cannot be tied to another. New tokens: "
-    "hf_adacomp.add_tokens(model, n, vectors=...). To change others: hf_adacomp.decompress(model), change the dense "
-    "table, compress it again"
+    "hf_adacomp.add_tokens(model, n, vectors=...). To change others: decompress(pack(model)), change the dense table, "
+    "compress it again"
 )
 
 
@@ -138,6 +138,15 @@ class DecodedWeight(Tensor):
 
     def _part(self, like: Tensor, make: Callable[[], Tensor]) -> DecodedWeight:
         return DecodedWeight(self._table, like, self.device, make, whole=False)
+
+    @property
+    def data(self) -> Tensor:
+        """The same without gradients; not to be set."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ValueError(f"data of the weight of a compressed table cannot be set: it {LOST}")
 
     @property
     def requires_grad(self) -> bool:

@@ -19,7 +19,7 @@ from .. import transformers_compat
 from ..integration.methods import TAGS
 from ..integration.sentence import is_sentence_model
 from ..integration.sizes import size_report
-from ..integration.tables import compressed_embeddings, require_compressed, transformers_models
+from ..integration.tables import compressed_models, require_compressed
 from .plots import can_plot, plot_histogram
 
 logger = logging.getLogger(__name__)
@@ -92,12 +92,13 @@ def save_model_card(
     """Write `README.md` in `folder`, or put our part into the one that is there; and its picture.
 
     `save_pretrained` and `push_to_hub` of a packed model do this by themselves; call it to add what they do not know.
-    Arguments are those of `model_card`. The picture is left out where matplotlib is not installed or cannot draw.
+    Further arguments are those of `model_card`. The picture is left out where matplotlib is missing or cannot draw.
 
     Raises:
         ValueError: For a `README.md` that is no model card.
     """
     file = Path(folder) / "README.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
     card = model_card(
         model,
         _load(file) if file.exists() else None,
@@ -133,7 +134,7 @@ def _draw(model: Any, folder: Path) -> str | None:
 
 def _first(model: Any) -> PreTrainedModel:
     """The first transformers model with compressed tables that `model` is or holds."""
-    return next(inner for inner in transformers_models(model) if compressed_embeddings(inner))
+    return compressed_models(model)[0]
 
 
 def _put_block(text: str, written: str, name: str) -> str:

@@ -56,7 +56,7 @@ def plot_lengths(model: nn.Module, token_counts: Tensor | None = None) -> Figure
 
 def _figure(width: float, height: float) -> Figure:
     if not can_plot():
-        raise ValueError('pictures need matplotlib, which is not installed: pip install "hf-adacomp[plots]"')
+        raise ValueError("pictures need matplotlib, which is not installed: pip install matplotlib")
     from matplotlib.figure import Figure  # noqa: PLC0415  # optional, and slow to import
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")

@@ -165,3 +165,12 @@ def test_packed_floats_are_kept_in_eval_mode_alone(storage, device):
         module.stored()
     module.train()
     assert module.kept_bytes == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_scale_of_the_encoder_stays_in_float32(tied):
+    book = BinaryCodebook(8, 4, tied=tied, storage="int8", dtype=torch.float16)
+    book.encoder_scale.fill_(1e6)
+    for cast in (book.half(), book.float().half(), book.to(torch.bfloat16)):
+        assert cast.encoder_scale.dtype == torch.float32
+        assert cast.encoder_scale == 1e6

@@ -35,7 +35,7 @@ def test_a_file_that_is_not_whole_is_named(tmp_path, kept):
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(2, 3)}, file)
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is no whole safetensors file"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is a damaged safetensors file"):
         stored_tensors([file])
 
 
@@ -109,6 +109,6 @@ def test_unfinished_checkpoints_are_told_from_whole_ones(tmp_path):
     (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"\0" * 4)
     found = unfinished_checkpoints(tmp_path)
     assert [*found] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    reasons = (f"{TRAINER_STATE} is missing", f"{TRAINER_STATE} is cut off", "no whole safetensors file")
+    reasons = (f"{TRAINER_STATE} is missing", f"{TRAINER_STATE} is cut off", "a damaged safetensors file")
     assert all(reason in fault for reason, fault in zip(reasons, found.values(), strict=True))
     assert unfinished_checkpoints(tmp_path / "nowhere") == {}

@@ -1,8 +1,12 @@
 import copy
+import re
 
 import pytest
 import torch
 from conftest import LENGTHS, VOCABULARY, close, tiny_bert_config
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -339,3 +343,33 @@ def test_models_of_one_config_are_saved_each_with_its_own_layout(config, counts,
         model.save_pretrained(tmp_path / name)
         loaded = BertModel.from_pretrained(tmp_path / name)
         assert close(loaded(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+def test_names_may_be_those_of_the_whole_object(config, counts):
+    pair = Pair(BertModel(tiny_bert_config()), BertModel(tiny_bert_config()))
+    place = "embeddings.word_embeddings"
+    given = {f"first.{place}": counts, f"second.{place}": counts.flip(0)}
+    compress(pair, config, given, include=[f"first.{place}", f"second.{place}"])
+    for model, expected in ((pair.first, counts), (pair.second, counts.flip(0))):
+        assert torch.equal(model.get_input_embeddings().token_counts(), expected)
+
+
+def test_untied_by_the_config_is_untied(config, counts):
+    model = BertLMHeadModel(tiny_bert_config(is_decoder=True))
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"or set config.tie_word_embeddings=False, before compress"):
+        compress(model, config, counts)
+    model.config.tie_word_embeddings = False
+    pack(compress(model, config, counts))
+    assert type(model.get_output_embeddings()) is nn.Linear
+
+
+@pytest.mark.parametrize("ratio", [40, 100])
+def test_the_largest_ratio_of_a_static_model_fits(ratio):
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
+    settings = AdaCompConfig((64, 128), target_ratio=ratio)
+    with pytest.raises(ValueError, match=rf"target_ratio={ratio} cannot be met: lengths of vectors") as caught:
+        compress(SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=256)]), settings)
+    settings.target_ratio = float(re.search(r"largest ratio that fits is ([\d.]+)", str(caught.value))[1])
+    compress(SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=256)]), settings)

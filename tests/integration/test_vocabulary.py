@@ -20,7 +20,16 @@ from transformers import (
     RobertaModel,
 )
 
-from hf_adacomp import AdaCompConfig, add_tokens, calibrate, compress, keep_tokens, pack
+from hf_adacomp import (
+    AdaCompConfig,
+    AdaptiveCompressedEmbedding,
+    add_tokens,
+    calibrate,
+    compress,
+    decompress,
+    keep_tokens,
+    pack,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -99,7 +108,7 @@ def test_a_size_below_the_padding_token_leaves_none(bert, config, counts):
 
 def test_bad_numbers_are_refused(bert, config, counts):
     model = packed("gpt2", counts)
-    with pytest.raises(ValueError, match="must not be negative; got -1"):
+    with pytest.raises(ValueError, match="not negative; got -1"):
         add_tokens(model, -1)
     with pytest.raises(ValueError, match="cannot keep 0 of 512"):
         keep_tokens(model, 0)
@@ -328,3 +337,25 @@ def test_a_second_table_by_token_is_resized_along(counts, tmp_path):
     keep_tokens(model, 100).save_pretrained(tmp_path)
     ids = torch.randint(4, 100, (2, 5))
     assert close(logits(Gemma3nForCausalLM.from_pretrained(tmp_path).eval(), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("change", [lambda model: add_tokens(model, 2), lambda model: keep_tokens(model, 10)])
+def test_other_tables_are_no_vocabulary(counts, change):
+    settings = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    model = pack(compress(TIED["bert"](), AdaCompConfig((4, 8), target_ratio=2), include=["*position*"]))
+    with pytest.raises(ValueError, match=r"no table of token vectors is compressed .*position_embeddings"):
+        change(model)
+    with pytest.raises(ValueError, match=r"is not compressed: model.resize_token_embeddings"):
+        change(TIED["bert"]())
+    whole = torch.nn.Module()
+    whole.table = AdaptiveCompressedEmbedding.from_embedding(torch.nn.Embedding(VOCABULARY, 32), settings, counts)
+    whole.table.pack()
+    for verb in (change, decompress):
+        with pytest.raises(ValueError, match=r"has compressed tables, \['table'\], but no transformers model"):
+            verb(whole)
+
+
+@pytest.mark.parametrize("number", [2.0, "3", None, True])
+def test_numbers_of_tokens_of_another_kind_are_quoted(packed_bert, number):
+    with pytest.raises(ValueError, match=f"whole number, not negative; got {number!r}"):
+        add_tokens(packed_bert, number)

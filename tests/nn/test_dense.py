@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from architectures import TIED
@@ -52,3 +54,10 @@ def test_half_precision_scales_as_the_dense_model_does(name, rounds):
     ids = torch.arange(VOCABULARY)
     assert table.rounds_scale == rounds
     assert torch.equal(table.train()(ids), dense(ids))
+
+
+@pytest.mark.parametrize("largest", [1e-9, 1e7, 1e30])
+def test_tables_of_extreme_entries_are_quoted(largest):
+    table = nn.Embedding.from_pretrained(torch.linspace(-1, 1, 64).view(8, 8) * largest)
+    with pytest.raises(ValueError, match=re.escape(f"largest entry of the source table is {largest:g}")):
+        checked_table(table)

@@ -1,5 +1,6 @@
 import copy
 import logging
+from collections import Counter
 
 import pytest
 import torch
@@ -235,7 +236,7 @@ def test_without_counts_it_warns_and_fits_the_plain_table(source, config, ids, c
     embedding = AdaptiveCompressedEmbedding.from_embedding(source, config)
     with caplog.at_level(logging.WARNING, "hf_adacomp"):
         embedding.eval()(ids)
-    assert "fitting without token counts" in caplog.text
+    assert "fitted as if all were equally frequent" in caplog.text
 
 
 def test_constructor_makes_what_nn_embedding_would(config):
@@ -277,6 +278,12 @@ def test_refuses_what_it_does_not_understand(source, config, message):
         (torch.ones(3), r"shape \(512,\); got \(3,\)"),
         (-torch.ones(VOCABULARY), "negative; got -1.0 for token 0"),
         (torch.full((VOCABULARY,), float("nan")), "finite"),
+        (torch.full((VOCABULARY,), 1e30), r"below 2\^63; got 1e\+30"),
+        (Counter(range(VOCABULARY)), r"a tensor \(512,\); got a Counter"),
+        ("counts", r"a tensor \(512,\); got a str"),
+        (torch.ones(VOCABULARY, dtype=torch.complex64), "dense tensor of whole numbers; got torch.complex64"),
+        (torch.ones(VOCABULARY, device="meta"), "on meta"),
+        (torch.ones(VOCABULARY).to_sparse(), "torch.sparse_coo"),
     ],
 )
 def test_refuses_bad_counts(source, config, counts, message):
@@ -350,3 +357,30 @@ def test_fit_does_not_hang_on_the_default_dtype(counts, dtype):
     assert found.config == expected.config
     assert torch.equal(found.code_lengths(), expected.code_lengths())
     assert torch.allclose(found.eval().weight + 0, expected.eval().weight + 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_vectors_in_half_precision_are_fitted_as_in_float32(counts, dtype):
+    config = AdaCompConfig((4, 16), target_ratio=4)
+    weight = torch.randn(VOCABULARY, 32) * 0.002
+    errors = []
+    for kind in (torch.float32, dtype):
+        table = AdaptiveCompressedEmbedding.from_embedding(
+            nn.Embedding.from_pretrained(weight.to(kind)), config, counts
+        )
+        table.pack()
+        errors.append(float((table.weight.float() - weight).square().sum() / weight.square().sum()))
+    assert errors[1] < 1.1 * errors[0] < 1
+
+
+@pytest.mark.parametrize("config", [None, "40", 40, {"target_ratio": 40}])
+def test_settings_of_another_kind_are_quoted(config):
+    with pytest.raises(ValueError, match="config must be an AdaCompConfig"):
+        AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(8, 8), config)
+    with pytest.raises(ValueError, match="config must be an AdaCompConfig"):
+        AdaptiveCompressedEmbedding(8, 8, config)
+
+
+def test_progress_may_be_a_tensor(embedding):
+    embedding.step(torch.tensor(0.3))
+    assert embedding.phase == "select"

@@ -309,3 +309,11 @@ def test_a_detached_weight_has_gradients_of_its_own(packed):
     assert all(parameter.grad is None for parameter in packed.parameters())
     packed.weight.requires_grad_(True)
     assert all(parameter.requires_grad for parameter in packed.parameters())
+
+
+def test_its_data_cannot_be_set(packed):
+    before = packed.weight_values().clone()
+    with pytest.raises(ValueError, match=r"cannot be set.*decompress"):
+        packed.weight.data = torch.zeros(VOCABULARY, 32)
+    assert torch.equal(packed.weight.data + 0, before)
+    assert not packed.weight.data.requires_grad
