@@ -39,7 +39,7 @@ class GenerationStep(Graph):
         )
         self.outputs = ("logits", *(f"present.{name}" for name in names))
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # as many as it has inputs
         """Values of `outputs` from those of `inputs`."""
         split, cache = len(tensors) - len(self.shapes), DynamicCache()
         tokens, past = dict(zip(self.inputs[:split], tensors[:split], strict=True)), tensors[split:]

@@ -45,6 +45,8 @@ class Graph(nn.Module):
         self.model, self.inner, self.sentence = model, inner, is_sentence_model(model)
         self.eval().requires_grad_(False)
         self.inputs: tuple[str, ...] = ("input_ids", "attention_mask")
+        if "scores" in self._all_outputs(*self.example()[0]) and "token_type_ids" in model.tokenizer.model_input_names:
+            self.inputs += ("token_type_ids",)  # of a cross-encoder, which reads pairs
         self.outputs = self._named_outputs()
 
     @property
@@ -56,28 +58,29 @@ class Graph(nn.Module):
         """What it may be traced with: two texts of 16 tokens."""
         shape = (2, 16)
         axes = {0: "batch_size", 1: "sequence_length"}
-        return (torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64)), (axes, axes)
+        types = [torch.zeros(shape, dtype=torch.int64) for _ in self.inputs[2:]]
+        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64)
+        return (ids, mask, *types), (axes,) * len(self.inputs)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Values of `outputs`."""
-        found = self._all_outputs(input_ids, attention_mask)
+        found = self._all_outputs(input_ids, attention_mask, token_type_ids)
         return tuple(found[name] for name in self.outputs)
 
-    def _all_outputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        if self.sentence:
-            found: dict[str, Tensor] = self.model({"input_ids": input_ids, "attention_mask": attention_mask})
-            return found
-        outputs: dict[str, Tensor] = self.inner(input_ids=input_ids, attention_mask=attention_mask)
+    def _all_outputs(self, *tensors: Tensor | None) -> dict[str, Tensor]:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        batch = {name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
+        outputs: dict[str, Tensor] = self.model(batch) if self.sentence else self.inner(**batch)
         return outputs
 
     @torch.no_grad()
     def _named_outputs(self) -> tuple[str, ...]:
-        found = self._all_outputs(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+        found = self._all_outputs(*self.example()[0])
         if self.sentence and "sentence_embedding" in found:
             return ("token_embeddings", "sentence_embedding")
-        if self.sentence and "scores" in found:  # of a CrossEncoder
-            return ("scores",)
-        names = tuple(name for name in ("logits", "last_hidden_state") if isinstance(found.get(name), Tensor))[:1]
+        names = tuple(name for name in ("scores", "logits", "last_hidden_state") if isinstance(found.get(name), Tensor))
         if not names:
             raise ValueError(f"{type(self.inner).__name__} returns {sorted(found)}: no logits and no hidden states")
-        return names
+        return names[:1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import LENGTHS, VOCABULARY, tiny_bert_config, word_tokenizer
 from onnx import TensorProto
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertForMaskedLM, BertForSequenceClassification, BertModel
@@ -39,7 +39,7 @@ def encoder(tmp_path) -> SentenceTransformer:
 
 def run(file, tokens) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    given = {name: np.asarray(tokens[name], dtype=np.int64) for name in ("input_ids", "attention_mask")}
+    given = {place.name: np.asarray(tokens[place.name], dtype=np.int64) for place in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, given), strict=True))
 
@@ -88,6 +88,20 @@ def test_quantizers_take_dense_tables_and_leave_the_packed_one(encoder, tmp_path
     assert not any("word_embeddings" in name for name in stored[1].keys() - stored[0].keys())
 
 
+def test_cross_encoders_read_pairs(tmp_path):
+    config = tiny_bert_config(num_hidden_layers=1, num_labels=1, vocab_size=204, type_vocab_size=2)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    word_tokenizer().save_pretrained(tmp_path / "bert")
+    model = CrossEncoder(str(tmp_path / "bert"), device="cpu")
+    model.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    pack(compress(model, settings(target_ratio=3), 1000 // torch.arange(1, 205)))
+    pairs = [("word1 word2", "word7"), ("word3", "word4")]
+    tokens = model.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True)
+    assert np.any(tokens["token_type_ids"])
+    found = run(export_onnx(model, tmp_path / "cross.onnx"), tokens)["scores"]
+    assert np.abs(found.ravel() - model.predict(pairs, activation_fn=torch.nn.Identity())).max() < 1e-5
+
+
 def test_static_embeddings(tmp_path):
     vocabulary = {"[UNK]": 0, **{f"word{i}": i + 1 for i in range(200)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -134,7 +148,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(bert, packed_ber
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(onnx_file, "import_module", missing)
-    with pytest.raises(ValueError, match=r'needs onnx: pip install "hf-adacomp\[onnx\]"'):
+    with pytest.raises(ValueError, match=r'needs onnx: pip install onnx onnxscript onnxruntime'):
         export_onnx(packed_bert, target)
     assert not target.exists()
     monkeypatch.undo()
