@@ -120,7 +120,7 @@ def cut(file: Path) -> None:
         (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
         (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json is cut off"),
         (lambda folder: cut(folder / "model.safetensors"), "model.safetensors is a damaged safetensors file"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is no whole"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is a damaged"),
         (lambda folder: [file.unlink() for file in folder.iterdir()], "trainer_state.json is missing"),
     ],
 )
