@@ -20,5 +20,5 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer"):
         load_tokenizer(str(tmp_path), load_model(str(tmp_path)))
     BertConfig(architectures=["BartoModel"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="architecture 'BartoModel', which transformers has not"):
+    with pytest.raises(ValueError, match="architecture 'BartoModel', which this transformers does not have"):
         load_model(str(tmp_path))

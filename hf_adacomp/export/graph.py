@@ -45,7 +45,10 @@ class Graph(nn.Module):
         self.model, self.inner, self.sentence = model, inner, is_sentence_model(model)
         self.eval().requires_grad_(False)
         self.inputs: tuple[str, ...] = ("input_ids", "attention_mask")
-        if "scores" in self._all_outputs(*self.example()[0]) and "token_type_ids" in model.tokenizer.model_input_names:
+        if (
+            "scores" in self._all_outputs(*Graph.example(self)[0])
+            and "token_type_ids" in model.tokenizer.model_input_names
+        ):
             self.inputs += ("token_type_ids",)  # of a cross-encoder, which reads pairs
         self.outputs = self._named_outputs()
 
@@ -77,7 +80,7 @@ class Graph(nn.Module):
 
     @torch.no_grad()
     def _named_outputs(self) -> tuple[str, ...]:
-        found = self._all_outputs(*self.example()[0])
+        found = self._all_outputs(*Graph.example(self)[0])
         if self.sentence and "sentence_embedding" in found:
             return ("token_embeddings", "sentence_embedding")
         names = tuple(name for name in ("scores", "logits", "last_hidden_state") if isinstance(found.get(name), Tensor))

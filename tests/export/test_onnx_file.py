@@ -148,7 +148,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(bert, packed_ber
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(onnx_file, "import_module", missing)
-    with pytest.raises(ValueError, match=r'needs onnx: pip install onnx onnxscript onnxruntime'):
+    with pytest.raises(ValueError, match=r"needs onnx: pip install onnx onnxscript onnxruntime"):
         export_onnx(packed_bert, target)
     assert not target.exists()
     monkeypatch.undo()

@@ -72,7 +72,7 @@ def test_codes_that_an_average_changed_are_not_saved(llama, tmp_path):
 
 def test_codes_that_are_no_whole_numbers_are_not_loaded(llama):
     state = {name: 0.5 * value for name, value in llama.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"is torch.float32: codes are whole numbers"):
+    with pytest.raises(RuntimeError, match=r"is torch.float32: codes are integers"):
         llama.load_state_dict(state)
 
 
