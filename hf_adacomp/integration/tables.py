@@ -57,9 +57,12 @@ def transformers_models(model: Any) -> list[PreTrainedModel]:
 
 def num_tokens(model: PreTrainedModel) -> int:
     """Rows V of the token table of a model, compressed or not; of a part's, where the model has none of its own."""
-    found = (input_embeddings(part) for _, part in model_parts(model))
+    found = [input_embeddings(part) for _, part in model_parts(model)]
     tables = (*TABLES, AdaptiveCompressedEmbedding, SharedEmbedding)
-    return next(int(table.num_embeddings) for table in found if isinstance(table, tables))
+    known = [table for table in (*found, *compressed_embeddings(model).values()) if isinstance(table, tables)]
+    if not known:
+        raise ValueError(f"{type(model).__name__} has no token embeddings: nothing tells how many tokens it knows")
+    return int(known[0].num_embeddings)
 
 
 def compressed_model(model: Any) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from transformers import (
     EncoderDecoderModel,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
+    PreTrainedModel,
     RobertaConfig,
     RobertaModel,
 )
@@ -304,7 +305,10 @@ def text_and_images() -> CLIPModel:
 def test_models_without_input_embeddings_of_their_own(counts, tmp_path):
     settings = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
     inputs = {"input_ids": torch.randint(4, 100, (2, 5)), "pixel_values": torch.randn(2, 3, 8, 8)}
-    model = compress(text_and_images(), settings)
+    model = text_and_images()
+    if not isinstance(model.text_model, PreTrainedModel):
+        pytest.skip("to this release of transformers, the text part of CLIP is no model with input embeddings")
+    compress(model, settings)
     pack(calibrate(model, [{**inputs, "return_loss": True}] * 2, show_progress=False))
     before = model(**inputs).logits_per_text
     keep_tokens(add_tokens(model, 3), 100)
