@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
 
 import hf_adacomp
-from hf_adacomp import AdaCompConfig
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
 
 # Tiny tensors: threads cost more than they save. Who sets the variable wants to see that their number does not matter.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -137,6 +138,13 @@ def counts() -> torch.Tensor:
     zipf = (1000 / torch.arange(1, VOCABULARY + 1)).long()
     zipf[-VOCABULARY // 4 :] = 0
     return zipf
+
+
+@pytest.fixture
+def table(config, counts, device) -> AdaptiveCompressedEmbedding:
+    """One with a zero row of padding, fitted to the counts."""
+    source = nn.Embedding(VOCABULARY, 32, padding_idx=0, device=device)
+    return AdaptiveCompressedEmbedding.from_embedding(source, config, counts.to(device))
 
 
 def tiny_bert_config(**changes) -> BertConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Graph(nn.Module):
         ValueError: For an encoder with a decoder, and a model without logits and hidden states.
     """
 
+    @torch.no_grad()
     def __init__(self, model: Any) -> None:
         super().__init__()
         model = copy.deepcopy(model).eval().cpu()
@@ -45,12 +47,10 @@ class Graph(nn.Module):
         self.model, self.inner, self.sentence = model, inner, is_sentence_model(model)
         self.eval().requires_grad_(False)
         self.inputs: tuple[str, ...] = ("input_ids", "attention_mask")
-        if (
-            "scores" in self._all_outputs(*Graph.example(self)[0])
-            and "token_type_ids" in model.tokenizer.model_input_names
-        ):
+        found = self._all_outputs(*Graph.example(self)[0])
+        if "scores" in found and "token_type_ids" in model.tokenizer.model_input_names:
             self.inputs += ("token_type_ids",)  # of a cross-encoder, which reads pairs
-        self.outputs = self._named_outputs()
+        self.outputs = self._named(found)
 
     @property
     def num_tokens(self) -> int:
@@ -78,9 +78,7 @@ class Graph(nn.Module):
         outputs: dict[str, Tensor] = self.model(batch) if self.sentence else self.inner(**batch)
         return outputs
 
-    @torch.no_grad()
-    def _named_outputs(self) -> tuple[str, ...]:
-        found = self._all_outputs(*Graph.example(self)[0])
+    def _named(self, found: Mapping[str, Any]) -> tuple[str, ...]:
         if self.sentence and "sentence_embedding" in found:
             return ("token_embeddings", "sentence_embedding")
         names = tuple(name for name in ("scores", "logits", "last_hidden_state") if isinstance(found.get(name), Tensor))

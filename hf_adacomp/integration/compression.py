@@ -16,7 +16,7 @@ from ..nn.static import StaticModel
 from .integrity import refuse_training
 from .quantizer import AdaCompHfQuantizer, attach, attach_whole, detach, refuse_quantized
 from .sentence import give_save, put_static_embedding, put_static_model, static_model, take_save
-from .surgery import Planned, install, plan, refuse_ties_outside, take_out
+from .surgery import Planned, install, plan, refuse_ties_outside
 from .tables import compressed_models, keep_from_broadcasts, named_modules, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
@@ -179,7 +179,6 @@ def decompress(model: Model) -> Model:
     refuse_training(require_compressed(model))
     attach_whole(model)
     for one in compressed_models(model):
-        take_out(one)
         detach(one)
     put_static_embedding(model)
     take_save(model)

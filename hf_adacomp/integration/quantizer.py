@@ -142,7 +142,6 @@ class AdaCompHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Called by `model.dequantize()`: dense modules in all places of tables, in a model of this dtype."""
         refuse_training(compressed_embeddings(model))
-        take_out(model)
         detach(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]  # wrapped by transformers
 
@@ -193,12 +192,8 @@ def attach_whole(model: Any) -> None:
         ValueError: For parts of different settings, since a config has room for one; for a table that the whole ties.
     """
     for whole in transformers_models(model):
-        found = [
-            quantizer
-            for _, part in model_parts(whole)
-            if (quantizer := transformers_compat.quantizer_of(part)) is not None
-        ]
-        ours = [quantizer for quantizer in found if isinstance(quantizer, AdaCompHfQuantizer)]
+        quantizers = [transformers_compat.quantizer_of(part) for _, part in model_parts(whole)]
+        ours = [quantizer for quantizer in quantizers if isinstance(quantizer, AdaCompHfQuantizer)]
         if not ours or transformers_compat.quantizer_of(whole) is not None:
             continue
         weights = {f"{name}.weight" for name in (*compressed_embeddings(whole), *compressed_heads(whole))}
@@ -219,7 +214,8 @@ def attach_whole(model: Any) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`, also of parts: the model saves as a plain one."""
+    """Put dense modules back and undo `attach`, also of parts: the model saves as a plain one."""
+    take_out(model)
     for _, part in model_parts(model):
         quantizer = transformers_compat.quantizer_of(part)
         if isinstance(quantizer, AdaCompHfQuantizer):

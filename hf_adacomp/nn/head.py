@@ -163,9 +163,8 @@ class CompressedHead(Borrower):
         else:
             first = torch.arange(length // 8, device=scores.device, dtype=torch.int32) * NO_BYTE
             blocks = (block.to(torch.int32).add_(first) for block in whole_bytes(codes, length).split(step))
-            if (
-                tables.shape[1] == 1 and not torch_compat.is_traced()
-            ):  # a third faster for the one position of generation
+            # A third faster for the one position of generation.
+            if tables.shape[1] == 1 and not torch_compat.is_traced():
                 sums = [
                     tables.view(-1).index_select(0, block.view(-1)).view(block.shape).sum(1, keepdim=True)
                     for block in blocks

@@ -53,7 +53,7 @@ def model_card(
     Returns:
         The new card, or `card`, changed in place.
     """
-    size, tables, inner = size_report(model), require_compressed(model), _first(model)
+    size, tables, inner = size_report(model), require_compressed(model), compressed_models(model)[0]
     title = (repo_id or transformers_compat.loaded_from(inner) or type(model).__name__).rstrip("/").split("/")[-1]
     written = ModelCard.from_template(
         ModelCardData(),
@@ -130,11 +130,6 @@ def _draw(model: Any, folder: Path) -> str | None:
         logger.warning("the model card has no picture, because it could not be drawn: %r", error)
         return None
     return PICTURE
-
-
-def _first(model: Any) -> PreTrainedModel:
-    """The first transformers model with compressed tables that `model` is or holds."""
-    return compressed_models(model)[0]
 
 
 def _put_block(text: str, written: str, name: str) -> str:

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
 from hf_adacomp import AdaCompConfig, compress, decompress, pack
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
+SETTINGS = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
 
 
 @pytest.fixture
 def llama(counts) -> LlamaForCausalLM:
-    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
-    return pack(compress(TIED["llama-tied"](), config, counts)).eval()
+    return pack(compress(TIED["llama-tied"](), SETTINGS, counts)).eval()
 
 
 def test_a_table_that_was_replaced_is_not_saved(packed_bert, tmp_path):
@@ -29,14 +29,10 @@ def test_a_table_that_was_replaced_is_not_saved(packed_bert, tmp_path):
 
 
 def test_a_head_of_another_table_is_not_saved(counts, tmp_path):
-    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
-    model = pack(compress(TIED["gpt2"](), config, counts))
-    model.lm_head = pack(compress(TIED["gpt2"](), config, counts)).lm_head
+    model = pack(compress(TIED["gpt2"](), SETTINGS, counts))
+    model.lm_head = pack(compress(TIED["gpt2"](), SETTINGS, counts)).lm_head
     with pytest.raises(ValueError, match="the output head 'lm_head' reads another table"):
         model.save_pretrained(tmp_path)
-
-
-SETTINGS = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
 
 
 def test_a_head_of_another_width_is_not_saved(counts, tmp_path):

@@ -33,6 +33,7 @@ from hf_adacomp import (
 )
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
+SETTINGS = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
 
 
 def packed(name, counts, **changes):
@@ -236,7 +237,7 @@ def test_vectors_of_another_shape_are_quoted(packed_bert):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt-neox"])
 def test_heads_of_their_own_are_resized_along(name, counts, tmp_path):
-    config = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
+    config = SETTINGS
     model = pack(compress(UNTIED[name]().eval(), config, counts)).eval()
     ids = torch.randint(4, 100, (2, 5))
     before = logits(model, ids)
@@ -303,12 +304,11 @@ def text_and_images() -> CLIPModel:
 
 @torch.no_grad()
 def test_models_without_input_embeddings_of_their_own(counts, tmp_path):
-    settings = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
     inputs = {"input_ids": torch.randint(4, 100, (2, 5)), "pixel_values": torch.randn(2, 3, 8, 8)}
     model = text_and_images()
     if not isinstance(model.text_model, PreTrainedModel):
         pytest.skip("to this release of transformers, the text part of CLIP is no model with input embeddings")
-    compress(model, settings)
+    compress(model, SETTINGS)
     pack(calibrate(model, [{**inputs, "return_loss": True}] * 2, show_progress=False))
     before = model(**inputs).logits_per_text
     keep_tokens(add_tokens(model, 3), 100)
@@ -320,7 +320,7 @@ def test_models_without_input_embeddings_of_their_own(counts, tmp_path):
 def test_models_that_leave_resizing_to_their_parts_say_so(counts):
     encoder, decoder = (tiny_bert_config(is_decoder=decodes, add_cross_attention=decodes) for decodes in (False, True))
     model = EncoderDecoderModel(encoder=BertModel(encoder), decoder=BertLMHeadModel(decoder))
-    pack(compress(model, AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8"), counts))
+    pack(compress(model, SETTINGS, counts))
     with pytest.raises(ValueError, match=r"does not know how to resize .* keep_tokens\(model.decoder, ids\)"):
         keep_tokens(model, 100)
     assert keep_tokens(model.decoder, 100).get_input_embeddings().num_embeddings == 100
@@ -345,14 +345,13 @@ def test_a_second_table_by_token_is_resized_along(counts, tmp_path):
 
 @pytest.mark.parametrize("change", [lambda model: add_tokens(model, 2), lambda model: keep_tokens(model, 10)])
 def test_other_tables_are_no_vocabulary(counts, change):
-    settings = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
     model = pack(compress(TIED["bert"](), AdaCompConfig((4, 8), target_ratio=2), include=["*position*"]))
     with pytest.raises(ValueError, match=r"no table of token vectors is compressed .*position_embeddings"):
         change(model)
     with pytest.raises(ValueError, match=r"is not compressed: model.resize_token_embeddings"):
         change(TIED["bert"]())
     whole = torch.nn.Module()
-    whole.table = AdaptiveCompressedEmbedding.from_embedding(torch.nn.Embedding(VOCABULARY, 32), settings, counts)
+    whole.table = AdaptiveCompressedEmbedding.from_embedding(torch.nn.Embedding(VOCABULARY, 32), SETTINGS, counts)
     whole.table.pack()
     for verb in (change, decompress):
         with pytest.raises(ValueError, match=r"has compressed tables, \['table'\], but no transformers model"):

@@ -13,12 +13,6 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 DIM = 32
 
 
-@pytest.fixture
-def table(config, counts, device) -> AdaptiveCompressedEmbedding:
-    source = nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device)
-    return AdaptiveCompressedEmbedding.from_embedding(source, config, counts.to(device))
-
-
 def test_forms_do_not_load_into_each_other(table):
     packed = copy.deepcopy(table)
     packed.pack()

@@ -9,12 +9,6 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 DIM = 32
 
 
-@pytest.fixture
-def table(config, counts, device) -> AdaptiveCompressedEmbedding:
-    source = nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device)
-    return AdaptiveCompressedEmbedding.from_embedding(source, config, counts.to(device))
-
-
 def test_budget_is_what_the_size_leaves_for_codes(table, config):
     assert table.budget() // 8 + table.codebook.stored_bytes() < 4 * VOCABULARY * DIM / config.target_ratio
     table.pack()
