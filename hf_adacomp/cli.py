@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(args: argparse.Namespace) -> None:
-    _refuse_same(args)
+    _check_out(args)
     if args.report and args.calibrate is None:
         raise ValueError("--report compares answers to texts of --calibrate FILE: give one")
     if args.column is not None and args.calibrate is None and args.counts_from is None:
@@ -188,7 +188,7 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    _refuse_same(args)
+    _check_out(args)
     model = load_model(args.model)
     tokenizer = None if args.out.suffix == ".onnx" else load_tokenizer(args.model, model)
     file = export_onnx(model, args.out, tokenizer, args.quantize)
@@ -196,11 +196,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _decompress(args: argparse.Namespace) -> None:
-    _refuse_same(args)
+    _check_out(args)
     save_model(decompress(load_model(args.model)), args.model, args.out)
 
 
-def _refuse_same(args: argparse.Namespace) -> None:
+def _check_out(args: argparse.Namespace) -> None:
+    """Raise ValueError, before anything takes long, for a place that cannot be written to."""
+    if args.out.is_file() and not (args.run is _export and args.out.suffix == ".onnx"):
+        raise ValueError(f"{args.out} is a file: name a folder to write the model to")
     if args.out.exists() and args.out.resolve() == Path(args.model).resolve():
         raise ValueError(f"{args.out} is the model to read: name another folder to write")
 
@@ -210,7 +213,9 @@ def _counts(args: argparse.Namespace, model: Any) -> Tensor | None:
     if args.counts_from is None:
         return None
     tokenizer = load_tokenizer(args.model, model)
-    inner = static_model(model) or transformers_models(model)[0]
+    inner = static_model(model) or next(iter(transformers_models(model)), None)
+    if inner is None:
+        raise ValueError(f"{args.model} holds no transformers model: there is no token table to count for")
     counts = torch.zeros(num_tokens(inner), dtype=torch.int64)
     texts = read_texts(args.counts_from, args.column)
     for start in trange(0, len(texts), LINES, desc="Counting tokens"):

@@ -28,7 +28,7 @@ def load_model(name: str) -> Any:
         except ModuleNotFoundError as error:
             raise ValueError(f"{name} is a sentence-transformers model: pip install sentence-transformers") from error
         settings = transformers_compat.file_of(name, SENTENCE_FILE)
-        kind = "SentenceTransformer" if settings is None else json.loads(Path(settings).read_text()).get("model_type")
+        kind = None if settings is None else json.loads(Path(settings).read_text(encoding="utf-8")).get("model_type")
         return getattr(library, kind or "SentenceTransformer")(name, device="cpu")
     config = AutoConfig.from_pretrained(name)
     architecture = (config.architectures or [None])[0]
@@ -53,8 +53,6 @@ def load_tokenizer(name: str, model: Any) -> PreTrainedTokenizerBase:
 
 def save_model(model: Any, name: str, out: Path) -> None:
     """Save a model that was loaded by `name`, with the tokenizer that lies there."""
-    if out.is_file():
-        raise ValueError(f"{out} is a file: name a folder to write the model to")
     model.save_pretrained(str(out))
     if not is_sentence_model(model) and transformers_compat.file_of(name, TOKENIZER_FILE):
         load_tokenizer(name, model).save_pretrained(out)

@@ -35,7 +35,7 @@ class KeptDtype(nn.Module):
 
 
 class KeptBuffers(nn.Module):
-    """A module some of whose buffers keep their dtype when a model is cast, as all do of `KeptDtype`."""
+    """A module some of whose buffers keep their dtype when a model is cast, as all floats of a `KeptDtype` do."""
 
     kept_buffers: tuple[str, ...] = ()
 

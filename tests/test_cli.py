@@ -131,6 +131,7 @@ def test_decompress_gives_a_plain_model(packed, ids, tmp_path):
         (["compress", "{toy}", "{tmp}/empty.txt"], "empty.txt is a file: name a folder"),
         (["compress", "{toy}", "{tmp}/out", "--ratio", "100000"], "target_ratio"),
         (["compress", "{toy}", "{tmp}/out", "--ratio", "-1"], "-1"),
+        (["decompress", "{toy}", "{tmp}/empty.txt"], "empty.txt is a file: name a folder"),
         (["compress", "{toy}", "{toy}"], "name another folder"),
         (["compress", "{toy}", "{tmp}/out", "--counts-from", "{tmp}/nowhere.txt"], "nowhere.txt"),
         (["compress", "{toy}", "{tmp}/out", "--counts-from", "{tmp}/empty.txt"], "holds no text"),

@@ -24,6 +24,7 @@ from .bits import (
     packed_bytes,
     unpack_assignment,
 )
+from .codebook import BITS_PER_BLOCK
 
 
 class PackedCodes(KeptDtype):
@@ -96,9 +97,12 @@ class PackedCodes(KeptDtype):
         longest = torch.full((len(new_codes),), len(self.ladder) - 1, dtype=torch.uint8, device=lengths.device)
         groups = []
         for k, length in enumerate(self.ladder):
-            own = lengths == k
-            bits = self.centred(lengths[own], starts[own], length) > 0
-            groups.append(pack_bits(bits if k < len(self.ladder) - 1 else torch.cat([bits, new_codes > 0])))
+            own = (lengths == k).nonzero().squeeze(1)
+            blocks = own.split(max(8, BITS_PER_BLOCK // length // 8 * 8))  # whole bytes, but for the last
+            for i, block in enumerate(blocks, 1):
+                bits = self.centred(lengths[block], starts[block], length) > 0
+                last = k == len(self.ladder) - 1 and i == len(blocks)
+                groups.append(pack_bits(torch.cat([bits, new_codes > 0]) if last else bits))
         return PackedCodes.of(torch.cat([lengths, longest]), self.ladder, torch.cat(groups))
 
     def assignment(self) -> Tensor:
@@ -175,6 +179,9 @@ class PackedCodes(KeptDtype):
         """The bytes of the codes of the k-th length, uint8."""
         start = sum(self._group_bytes[:k])
         return self.codes[start : start + self._group_bytes[k]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_order": None, "_located": None}  # copies and files are without what is kept
 
     def validate(self, name: str) -> None:
         """Raise ValueError if the tensors do not agree with each other or with `tokens_per_length`."""

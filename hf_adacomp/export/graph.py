@@ -34,14 +34,14 @@ class Graph(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         model = copy.deepcopy(model).eval().cpu()
-        (inner,) = transformers_models(model)[:1]
+        inner = transformers_models(model)[0]
         if inner.config.is_encoder_decoder:
             raise ValueError(
                 f"{type(inner).__name__} is an encoder and a decoder, whose steps are several graphs, and is not "
                 "exported. An encoder alone is, where it has a class that loads the folder, such as T5EncoderModel"
             )
         inner.set_attn_implementation("eager")  # whose graph holds for any shape
-        inner.config.use_cache = False
+        inner.config.use_cache, inner.config.return_dict = False, True
         for table in compressed_embeddings(inner).values():
             for_graph(table)
         self.model, self.inner, self.sentence = model, inner, is_sentence_model(model)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..integration.sentence import is_sentence_model, tokenizer_of
-from ..integration.tables import require_compressed
+from ..integration.tables import require_compressed, transformers_models
 from .generation import graph_of
 from .graph import Graph
 
@@ -79,12 +79,12 @@ def export_onnx(
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent) as folder:  # a file that is not whole is not left behind
         made = Path(folder) / "model.onnx"
-        packed = write_graph(graph, made)
+        table_nodes = write_graph(graph, made)
         if quantize is not None:
-            made = quantized(made, quantize, packed)
+            made = quantized(made, quantize, table_nodes)
         os.replace(made, file)
     if file is not path and tokenizer is not None:
-        graph.inner.config.save_pretrained(path)
+        transformers_models(model)[0].config.save_pretrained(path)
         if graph.inner.can_generate():
             graph.inner.generation_config.save_pretrained(path)
         tokenizer.save_pretrained(path)
@@ -118,16 +118,16 @@ def write_graph(graph: Graph, file: Path) -> list[str]:
             dynamo=True,
             verbose=False,
         )
-    packed = []
+    table_nodes = []
     for node in program.model.graph.all_nodes():
         if OWN_MODULES in node.metadata_props.get(MODULES, ""):
-            packed.append(node.name)
+            table_nodes.append(node.name)
         node.metadata_props.clear()  # where in the source each comes from: much of a small file
     program.save(file, external_data=False)
-    return packed
+    return table_nodes
 
 
-def quantized(file: Path, kind: str, packed: list[str]) -> Path:
+def quantized(file: Path, kind: str, table_nodes: list[str]) -> Path:
     """The same with integer weights of linear layers and dense tables, but for some nodes, in a file beside it."""
     onnx, quantization = import_module("onnx"), import_module("onnxruntime.quantization")
     made = file.with_name(f"{kind}.onnx")
@@ -137,7 +137,7 @@ def quantized(file: Path, kind: str, packed: list[str]) -> Path:
         op_types_to_quantize=["Gather", "MatMul", "Gemm"] if kind == "int8" else ["Gather"],
         per_channel=True,
         weight_type=quantization.QuantType.QInt8,
-        nodes_to_exclude=packed,
+        nodes_to_exclude=table_nodes,
     )
     model = onnx.load(made)
     if kind == "int4":
@@ -147,7 +147,7 @@ def quantized(file: Path, kind: str, packed: list[str]) -> Path:
             block_size=BLOCK,
             is_symmetric=True,
             accuracy_level=INTEGER_PRODUCTS,
-            nodes_to_exclude=packed,
+            nodes_to_exclude=table_nodes,
         )
         quantizer.process()
         model = quantizer.model.model

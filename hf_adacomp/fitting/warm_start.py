@@ -188,7 +188,7 @@ def _distortions(
             found[tokens, k] = squared_norms(error, metric)
     all_lengths = torch.arange(len(ladder), device=source.device)
     low, high = assignment[:, None] - MEASURED_LENGTHS, assignment[:, None] + MEASURED_LENGTHS
-    nearest = all_lengths.maximum(low.clamp_min(0)).minimum(high.clamp_max(len(ladder) - 1))
+    nearest = all_lengths.maximum(low).minimum(high)
     factor = (found / expected.clamp_min(1e-30)).gather(1, nearest)
     return torch.where(nearest == all_lengths, found, expected * factor)
 

@@ -36,7 +36,12 @@ class Answer:
         Of logits that is the log-likelihood of labels which are drawn from them: the mean is Fisher's information, the
         curvature of the KL divergence (Martens 2020, arXiv 1412.1193, section 5). Of vectors it is their product with
         random ones: the mean is the curvature of the squared error, for sentence embeddings that of their directions.
+
+        Raises:
+            ValueError: For answers that are NaN or Inf.
         """
+        if not self.rows.isfinite().all():
+            raise ValueError(f"the model's answers to a batch, its {self.kind}, are NaN or Inf: mend the model first")
         if self.kind == LOGITS and self.rows.shape[1] > 1:
             rows = self.rows.float()
             labels = torch.multinomial(rows.detach().softmax(dim=1).cpu(), 1, generator=generator)
@@ -65,7 +70,9 @@ def reaction(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -
 def _outputs(model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     outputs: Mapping[str, Any] = model(dict(batch)) if is_sentence_model(model) else {}
     if SENTENCE not in outputs:
-        outputs = transformers_models(model)[0](**batch)
+        inner = transformers_models(model)[0]
+        named = {} if inner.config.return_dict else {"return_dict": True}
+        outputs = inner(**batch, **named)
     return outputs
 
 

@@ -31,7 +31,7 @@ class TextBatches:
         batch_size: Texts in a batch.
         max_length: Longer texts are cut to so many tokens.
         num_tokens: V; where the tokenizer has its padding beyond that, or none, token 0 stands for it.
-        prompt: What every text begins with.
+        prompt: What every single text begins with; pairs have none.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ def batches_of(
     if first is None:
         raise ValueError("no texts and no batches are given: there is nothing to calibrate on")
     if isinstance(first, Mapping):
-        texts = [name for name, value in first.items() if isinstance(value, str)]
-        if texts and not any(isinstance(value, Tensor) for value in first.values()):
+        columns = [name for name, value in first.items() if isinstance(value, str)]
+        if columns and not any(isinstance(value, Tensor) for value in first.values()):
             raise ValueError(
-                f"rows of a data set are given, with texts in {texts}: calibrate takes batches of named tensors, or "
-                f"the texts of one column, such as dataset[{texts[0]!r}]"
+                f"rows of a data set are given, with texts in {columns}: calibrate takes batches of named tensors, or "
+                f"the texts of one column, such as dataset[{columns[0]!r}]"
             )
         return given, None
     if not _is_text(first):

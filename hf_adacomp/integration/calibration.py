@@ -85,6 +85,8 @@ def calibrate(
     every = 1 if all_run else math.ceil(total / measured_batches)
     states = [table.require_training("calibrate") for table in tables.values()]
     generator = torch.Generator().manual_seed(states[0].config.seed)
+    for state in states:  # whatever a training would do
+        state.observation.measuring = state.config.significance
     try:
         with source_in_use(model), torch.enable_grad():
             for i, batch in enumerate(tqdm(batches, total=total, desc="Calibrating", disable=not show_progress)):
@@ -97,6 +99,7 @@ def calibrate(
     except BaseException:
         for state in states:
             state.observation.discard()
+            state.observation.measuring = state.config.measured
         raise
     for table in tables.values():
         _fit(table, show_progress)
@@ -157,12 +160,12 @@ class _Seen:
 
     def __init__(self, inner: PreTrainedModel, tables: Mapping[str, AdaptiveCompressedEmbedding]) -> None:
         self.inner, self.tables, self.device = inner, tables, inner.device
-        self.tokens = torch.zeros(num_tokens(inner), dtype=torch.bool)
+        self.tokens = torch.zeros(num_tokens(inner), dtype=torch.bool, device=inner.device)
         for table in tables.values():
             table.reached = False
 
     def take_note(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch on the model's device; ValueError for ids that the table has not."""
+        """The batch on the model's device; ValueError for ids that the table does not have."""
         if not isinstance(batch, Mapping):
             raise ValueError(f"all batches must be named tensors, as the first one is; got a {type(batch).__name__}")
         if (ids := batch.get(IDS)) is not None:

@@ -105,9 +105,9 @@ def _refuse_dense(name: str, stored: Mapping[str, Stored]) -> None:
 
 def unfinished_checkpoints(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Checkpoints in `folder` that the Trainer was killed in the middle of writing, and what is wrong with each."""
-    found = {
-        path.name: _fault(path) for path in sorted(Path(folder).glob(f"{transformers_compat.checkpoint_prefix()}-*"))
-    }
+    prefix = f"{transformers_compat.checkpoint_prefix()}-"
+    paths = [path for path in sorted(Path(folder).glob(f"{prefix}*")) if path.name.removeprefix(prefix).isdigit()]
+    found = {path.name: _fault(path) for path in paths if path.is_dir()}
     return {name: fault for name, fault in found.items() if fault}
 
 

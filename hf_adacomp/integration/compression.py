@@ -149,10 +149,14 @@ def pack(model: Model) -> Model:
     >>> model = compress(model, AdaCompConfig(target_ratio=20), 1000 // torch.arange(1, 1001))
     >>> pack(model).get_input_embeddings().phase
     'packed'
+
+    Raises:
+        ValueError: If nothing is compressed, and for parts that a whole cannot save together; nothing is packed then.
     """
-    for embedding in require_compressed(model).values():
-        embedding.pack()
+    tables = require_compressed(model)
     attach_whole(model)
+    for embedding in tables.values():
+        embedding.pack()
     for one in transformers_models(model):
         if isinstance(quantizer := transformers_compat.quantizer_of(one), AdaCompHfQuantizer):
             quantizer.note_tables(one)  # now: a whole that shares the config of this part saves that alone

@@ -123,8 +123,8 @@ def refuse_changed(name: str, embedding: AdaptiveCompressedEmbedding, stored: Ma
         full = f"{name}.{tensor}"
         if full not in stored or checksum != checksum_of(stored[full]):
             raise ValueError(
-                f"{full} is {'other than' if full in stored else 'missing in'} what was packed: codes are "
-                "integers and cannot be averaged. Average parameters alone, as AveragedModel(model, "
+                f"{full} is {'other than what was packed' if full in stored else 'missing in what is to be saved'}: "
+                "codes are integers and cannot be averaged. Average parameters alone, as AveragedModel(model, "
                 "use_buffers=False) does, and give a state_dict with the model's own codes"
             )
 

@@ -21,8 +21,8 @@ from ..nn.loading import GUARD
 from ..nn.sharing import SharedEmbedding
 
 SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_reach")
-"""What a table's vectors and logits depend on besides its layout, and `selection_reach`, as files have it; the rest
-matters to training alone."""
+"""Settings that a layout's checksum covers: those that vectors and logits depend on, and `target_ratio` and
+`selection_reach`, which files have always sealed. All others matter to training alone."""
 
 MOST_TOKENS = 2**31 - 1
 """Bound of V: places of tokens are int32."""
@@ -72,7 +72,7 @@ def guards(model: nn.Module) -> dict[str, Tensor]:
     """
     places = (AdaptiveCompressedEmbedding, SharedEmbedding, CompressedHead)
     names = [name for name, module in model.named_modules() if isinstance(module, places)]
-    # A memory of its own each, for transformers, to which they would be shared weights without any.
+    # Each has memory of its own: transformers takes tensors without any for shared weights.
     return {f"{name}.{GUARD}": torch.zeros(1)[:0] for name in names}
 
 

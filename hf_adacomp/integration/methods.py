@@ -47,14 +47,14 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     finally:
         quantizer.given_state = None
-    if kwargs.get("is_main_process", True) and not (Path(save_directory) / SENTENCE_FILE).exists():
+    if given.get("is_main_process", True) and not (Path(save_directory) / SENTENCE_FILE).exists():
         describe(model, save_directory)
 
 
 def state_dict(model: PreTrainedModel, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
     """`nn.Module.state_dict` with guards: a dense model refuses it, also within a larger model's, and unstrictly."""
     state: dict[str, Any] = type(model).state_dict(model, *args, prefix=prefix, **kwargs)
-    # No memory at all, for safetensors, to which a part of some is no whole tensor.
+    # Cloned, so that they have no memory: safetensors refuses a tensor that is part of a larger one.
     state.update({prefix + name: guard.clone() for name, guard in guards(model).items()})
     return state
 
@@ -71,7 +71,7 @@ def set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
 def get_submodule(model: PreTrainedModel, target: str) -> nn.Module:
     """`nn.Module.get_submodule`, which also knows where PEFT looks for token embeddings first.
 
-    What it looks for next is a parameter with as many rows as tokens, which a compressed model has not.
+    What it looks for next is a parameter with as many rows as tokens, which a compressed model does not have.
     """
     try:
         return type(model).get_submodule(model, target)

@@ -15,7 +15,10 @@ STARTS = 32
 
 def codes_for(embedding: AdaptiveCompressedEmbedding, num_tokens: int, vectors: Tensor | None) -> Tensor:
     """Centred bits (N, L) of new tokens with these vectors, as the embedding returns them, or near the mean."""
-    book, seed = embedding.codebook, embedding.config.seed
+    book = embedding.codebook
+    if num_tokens == 0:
+        return book.bias.new_empty(0, book.length, dtype=torch.float32)
+    seed = embedding.config.seed * 1_000_003 + embedding.num_embeddings  # tokens of the next call differ, too
     if vectors is None:  # one start, for codes that differ
         return nearest_codes(book, _mean_vector(embedding).expand(num_tokens, -1), seed)
     if vectors.shape != (num_tokens, embedding.embedding_dim) or not vectors.isfinite().all():
@@ -30,10 +33,8 @@ def codes_for(embedding: AdaptiveCompressedEmbedding, num_tokens: int, vectors: 
 @torch.no_grad()
 def _mean_vector(embedding: AdaptiveCompressedEmbedding) -> Tensor:
     """The mean of all vectors, before the embedding's scale, float32 (1, d)."""
-    book = embedding.codebook
-    blocks = torch.arange(embedding.num_embeddings, device=book.bias.device).split(book.block)
     decoder = embedding.hard_decoder()
-    total = torch.stack([decoder.vectors(block).float().sum(dim=0) for block in blocks]).sum(dim=0)
+    total = torch.stack([decoder.vectors(block).float().sum(dim=0) for block in decoder.blocks()]).sum(dim=0)
     return total[None] / embedding.num_embeddings
 
 

@@ -6,6 +6,7 @@ their lengths, and is saved and loaded by stock classes.
 
 from __future__ import annotations
 
+import inspect
 import os
 from importlib import import_module
 from tempfile import TemporaryDirectory
@@ -48,7 +49,7 @@ def static_model(model: Any) -> StaticModel | None:
 
 
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a sentence model; of a `StaticEmbedding`'s one that makes batches, without special tokens."""
+    """The tokenizer of a sentence model; for a `StaticEmbedding`'s bare one, one that adds no special tokens."""
     if not isinstance(model.tokenizer, Tokenizer):
         tokenizer: PreTrainedTokenizerBase = model.tokenizer
         return tokenizer
@@ -82,7 +83,7 @@ def put_static_embedding(model: Any) -> None:
     """Undo `put_static_model`; `StaticModel`s are this package's, and a plain model does without it."""
     if not is_sentence_model(model):
         return
-    inner = [*transformers_models(model)]
+    inner = transformers_models(model)
     if not inner or not isinstance(inner[0], StaticModel):
         return
     with torch.no_grad():
@@ -94,8 +95,9 @@ def put_static_embedding(model: Any) -> None:
 
 def save(model: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """`SentenceTransformer.save`; a packed model's own card gets our part."""
+    given = inspect.signature(type(model).save).bind(model, path, *args, **kwargs).arguments
     type(model).save(model, path, *args, **kwargs)
-    if kwargs.get("create_model_card", True):
+    if given.get("create_model_card", True):
         describe(model, path)
 
 

@@ -35,7 +35,11 @@ def plan(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> Planned:
-    """Compressed tables for the places of the token tables of `model`, which stays as it is; ValueError if it must."""
+    """Compressed tables for the places of the token tables of `model`, which stays as it is.
+
+    Raises:
+        ValueError: If it cannot be compressed.
+    """
     if compressed_embeddings(model):
         raise ValueError(f"{type(model).__name__} is compressed already: load the dense model anew, and compress that")
     tables = dense_tables(model, include, exclude)
@@ -94,7 +98,7 @@ def put(model: PreTrainedModel, table: DenseTable, embedding: AdaptiveCompressed
         if head == "compress":
             replace_module(model, linear, CompressedHead(place, linear.bias).train(linear.training))
         else:
-            linear.weight = nn.Parameter(linear.weight.detach().clone())
+            linear.weight = _copy(linear.weight)
 
 
 def take_out(model: PreTrainedModel) -> None:
@@ -108,7 +112,7 @@ def take_out(model: PreTrainedModel) -> None:
         dense.weight.requires_grad_(embedding.weight.requires_grad)
         for module in list(model.modules()):
             if isinstance(module, SharedEmbedding) and module.embedding is embedding:
-                weight = dense.weight.detach().clone() if untied else dense.weight
+                weight = _copy(dense.weight) if untied else dense.weight
                 replace_module(model, module, embedding.dense_with(weight).train(module.training))
             if isinstance(module, CompressedHead) and module.embedding is embedding:
                 linear = nn.Linear(1, 1, bias=False)
@@ -123,9 +127,13 @@ def take_out(model: PreTrainedModel) -> None:
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
             # Its bias may be tied to another name of the same parameter, too.
             if head.bias is not None:
-                head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
+                head.bias = _copy(head.bias)
     for _, part in model_parts(model):
         transformers_compat.remember_ties(part, untied=bool(untied))
+
+
+def _copy(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -67,7 +67,6 @@ def num_tokens(model: PreTrainedModel) -> int:
 
 def compressed_model(model: Any) -> PreTrainedModel:
     """The one transformers model with compressed tables that `model` is or holds."""
-    require_compressed(model)
     found = compressed_models(model)
     if len(found) > 1:
         raise ValueError(
@@ -132,10 +131,8 @@ def config_ties(model: PreTrainedModel, head: nn.Module) -> bool:
     return bool(getattr(holder(model, head).config, "tie_word_embeddings", False))
 
 
-def untied_heads(model: nn.Module) -> dict[str, nn.Linear]:
+def untied_heads(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Output heads that were tied to a table which has been compressed, and now keep weights of their own."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
     shapes = {(table.num_embeddings, table.embedding_dim) for table in compressed_embeddings(model).values()}
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or tuple(head.weight.shape) not in shapes or not config_ties(model, head):

@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedModel
 
+ID_ENDINGS = ("_token_id", "_token_index")
+"""Of names of settings that hold the id of a token, or several."""
+
 ID_SETTINGS = ("bad_words_ids", "force_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")
-"""Settings of `generate` that hold token ids, besides those whose names end with `_token_id`."""
+"""Settings of `generate` that hold token ids, besides those that `ID_ENDINGS` tell."""
 
 
 def follow_tokens(model: PreTrainedModel, places: Mapping[int, int | None]) -> None:
     """Give token ids in configs and modules the places of their tokens; None is the place of a dropped one."""
-    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
-    for config in {id(config): config for config in configs if config is not None}.values():
+    for config in _configs(model):
         _renumber(config, places)
-    for module in model.modules():  # ESM holds the id of its mask
+    for module, name, token in _ids_of_modules(model):
+        setattr(module, name, places.get(token, token))
+
+
+def refuse_dropped(model: PreTrainedModel, places: Mapping[int, int | None]) -> None:
+    """Raise ValueError if a token would be dropped whose id a config or a module cannot do without."""
+    for config in _configs(model):
+        try:
+            _renumber(copy.deepcopy(config), places)
+        except StrictDataclassError as error:
+            raise ValueError(
+                f"a token cannot be dropped that {type(config).__name__} must have: keep it, too. It says: {error}"
+            ) from error
+    for module, name, token in _ids_of_modules(model):
+        if places.get(token, token) is None:
+            raise ValueError(f"cannot drop token {token}, the {name} of {type(module).__name__}: keep it, too")
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    return [*{id(config): config for config in configs if config is not None}.values()]
+
+
+def _ids_of_modules(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, int]]:
+    """Module, name and value of token ids that modules hold, as ESM holds that of its mask."""
+    for module in model.modules():
         for name, value in [*vars(module).items()]:
-            if name.endswith("_token_id") and isinstance(value, int) and places.get(value) is not None:
-                setattr(module, name, places[value])
+            if name.endswith(ID_ENDINGS) and isinstance(value, int):
+                yield module, name, value
 
 
 def _renumber(config: Any, places: Mapping[int, int | None]) -> None:
     """Give token ids in a config the places of their tokens, None for dropped ones; ids that never were stay."""
     for name, value in [*vars(config).items()]:
-        if value is None or not (name.endswith("_token_id") or name in ID_SETTINGS):
+        if value is None or not (name.endswith(ID_ENDINGS) or name in ID_SETTINGS):
             continue
         if isinstance(value, int):
             setattr(config, name, places.get(value, value))
@@ -35,7 +65,7 @@ def _renumber(config: Any, places: Mapping[int, int | None]) -> None:
             setattr(config, name, [[list(ids), bias] for ids, bias in moved if ids] or None)
         elif isinstance(value, (list, tuple)):
             found = _places(value, places)
-            setattr(config, name, found if found or name.endswith("_token_id") else None)
+            setattr(config, name, found if found or name.endswith(ID_ENDINGS) else None)
 
 
 def _places(ids: Any, places: Mapping[int, int | None]) -> list[Any]:

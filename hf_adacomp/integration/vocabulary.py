@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .. import transformers_compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
+from ..nn.reading import WeightFromCodes
 from ..nn.sharing import SharedEmbedding
 from ..nn.static import StaticModel
 from .new_codes import codes_for
@@ -25,7 +26,7 @@ from .tables import (
     require_compressed,
     token_tables,
 )
-from .token_ids import follow_tokens
+from .token_ids import follow_tokens, refuse_dropped
 
 Model = TypeVar("Model", bound=Any)
 
@@ -103,7 +104,8 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
         tokens: How many of the first tokens to keep, or the ids of those to keep, in their new order.
 
     Raises:
-        ValueError: For ids that are not there or twice, and where the padding token is not among them.
+        ValueError: For ids that are not there or twice, and where a token is not among them that the model needs:
+            for padding, or one whose id its modules or configs cannot do without.
     """
     inner, tables = _resizable(model)
     total, device = tables[0].num_embeddings, tables[0].device
@@ -176,9 +178,9 @@ def _listed(tokens: Any) -> Tensor:
 
 
 def _positions_start_at(model: PreTrainedModel, padding: int) -> bool:
-    """Whether a table of positions leaves out the padding token's id, as RoBERTa's, whose positions come after it."""
-    others = (module for module in model.modules() if type(module) is nn.Embedding)
-    return any(module.padding_idx == padding for module in others)
+    """Whether a module that makes positions knows the padding token's id, as RoBERTa's, whose positions follow it."""
+    others = (module for module in model.modules() if not isinstance(module, (PreTrainedModel, WeightFromCodes)))
+    return any(getattr(module, "padding_idx", None) == padding for module in others)
 
 
 def resized_embeddings(
@@ -243,6 +245,8 @@ def _resize(
     model: PreTrainedModel, tables: list[AdaptiveCompressedEmbedding], kept: Tensor, new_codes: list[Tensor]
 ) -> None:
     before, total = tables[0].num_embeddings, len(kept) + len(new_codes[0])
+    places = dict.fromkeys(range(before)) | {token: place for place, token in enumerate(kept.tolist())}
+    refuse_dropped(model, places)
     for embedding, codes in zip(tables, new_codes, strict=True):
         embedding.resize(kept, codes)
     heads: list[CompressedHead | nn.Linear] = [
@@ -270,7 +274,7 @@ def _resize(
     text_config.vocab_size = total
     if hasattr(text_config, "decoder_vocab_size"):
         text_config.decoder_vocab_size = total
-    follow_tokens(model, dict.fromkeys(range(before)) | {token: place for place, token in enumerate(kept.tolist())})
+    follow_tokens(model, places)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, kept: Tensor, total: int) -> None:
@@ -283,7 +287,9 @@ def _replace(model: nn.Module, old: nn.Parameter, kept: Tensor, total: int) -> N
 
 @torch.no_grad()
 def _resized(rows: Tensor, kept: Tensor, total: int) -> Tensor:
+    """Rows of kept tokens, and the mean for those that have none: new ones, and where a head knows fewer tokens."""
+    resized = rows.mean(dim=0, keepdim=True).repeat(total, *[1] * (rows.dim() - 1))
     kept = kept.to(rows.device)
-    kept = kept[kept < len(rows)]  # heads of some models know fewer tokens than the table
-    mean = rows.mean(dim=0, keepdim=True)
-    return torch.cat([rows[kept], mean.expand(total - len(kept), *rows.shape[1:])])
+    known = (kept < len(rows)).nonzero().squeeze(1)
+    resized[known] = rows[kept[known]]
+    return resized

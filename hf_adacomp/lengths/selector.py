@@ -11,7 +11,7 @@ from ..torch_compat import KeptDtype
 from .budget import assign_lengths
 
 SHARPNESS = 4.0
-"""Logits that separate the longest from the shortest code at the warm start by their price alone."""
+"""The price of the longest code at the warm start, in logits."""
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Of Adam, by which offsets are learned."""

@@ -100,7 +100,7 @@ class Decoder:
         return blocks
 
     def vectors(self, tokens: Tensor) -> Tensor:
-        """Vectors of distinct tokens, (N,) -> (N, d)."""
+        """Vectors of tokens, (N,) -> (N, d)."""
         if self.shares is not None:
             vectors = self.book.decode(cast(LearnedCodes, self.codes).mixed(self.shares(tokens), tokens))
         else:
@@ -142,7 +142,7 @@ class SourceVectors:
         """Vectors of ids, int64 of any shape -> (..., d)."""
         vectors = F.embedding(ids, self.state.source)
         if torch.is_grad_enabled():
-            self.state.observation.watch_look_up(ids, vectors.requires_grad_(), self.state.config.measured)
+            self.state.observation.watch_look_up(ids, vectors.requires_grad_(), self.state.observation.measuring)
         return vectors
 
     def table(self) -> Tensor:
@@ -152,7 +152,7 @@ class SourceVectors:
     def score(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states by a tied head, (..., d) -> (..., V)."""
         logits = F.linear(hidden, self.state.source.to(hidden.dtype))
-        if logits.requires_grad and self.state.config.measured:
+        if logits.requires_grad and self.state.observation.measuring:
             self.state.observation.watch_scores(hidden, logits)
         return logits
 

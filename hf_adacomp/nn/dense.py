@@ -24,8 +24,8 @@ def checked_table(embedding: nn.Module) -> Tensor:
     """The table of a plain or scaled `nn.Embedding`, or an `nn.EmbeddingBag`, (V, d).
 
     Raises:
-        ValueError: For any other subclass, which may compute something else in `forward`, for `sparse` or `max_norm`,
-            and for NaN or Inf in the table.
+        ValueError: For any other subclass, which may compute something else in `forward`, for `sparse`, `max_norm`
+            or `scale_grad_by_freq`, and for NaN, Inf, or entries all too small or any too large in the table.
     """
     if not isinstance(getattr(embedding, "weight", None), nn.Parameter):
         raise ValueError(f"cannot compress {type(embedding).__name__}: it has no parameter `weight` of its own")

@@ -34,8 +34,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
     In eval mode the module computes, in every phase, what it would compute if it were packed at that moment: hard
     lengths that keep the budget of `config.target_ratio`, hard bits, code vectors as stored.
 
-    One that is made by this class itself has a random table; it takes the state dict of a packed one, which makes it
-    packed, too: so are modules loaded that `from_pretrained` does not know.
+    Made directly, and not by `from_embedding`, it has a random table, and becomes packed when it loads the state dict
+    of a packed one. So modules are loaded that `from_pretrained` does not know.
 
     Takes and refuses the same inputs as `nn.Embedding`: integer ids of any shape, `IndexError` out of range. The row of
     `padding_idx` is zero if the source's was.

@@ -15,7 +15,7 @@ from .decoding import Decoder, SourceVectors
 from .embedding import AdaptiveCompressedEmbedding
 from .sharing import Borrower, Place
 
-BITS_PER_BLOCK = 1 << 20
+UNPACKED_BITS = 1 << 20
 """Bits of the codes that the head unpacks at once (as float32: 4 MB): the C library hands pages of larger blocks back
 to the system each time, which took half of the time of a token."""
 
@@ -45,7 +45,7 @@ class Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
-        rows, gradient = hidden.flatten(0, -2), gradients[0].flatten(0, -2)
+        rows, gradient = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden, gradients[0]))
         to_rows = torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
 
         def at_vectors(block: Tensor, vectors: Tensor) -> Tensor:
@@ -130,15 +130,15 @@ class CompressedHead(Borrower):
     def _few(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
         codes, book = decoder.codes, decoder.book
-        scores = F.linear(book.vectors.float(), rows)
+        bit_scores = F.linear(book.vectors.float(), rows)
         bias = (rows @ book.bias.float())[None]  # quantizers of exported graphs trip over two transposed rows
         # Scores of all values of each byte of a code, one table a byte.
         whole = max([0, *(length // 8 for length in codes.ladder if length % 8 == 0)])
-        columns = scores.shape[1]
-        tables = codes.octets[:NO_BYTE] @ scores[: 8 * whole].reshape(whole, 8, columns)
+        columns = bit_scores.shape[1]
+        tables = codes.octets[:NO_BYTE] @ bit_scores[: 8 * whole].reshape(whole, 8, columns)
         tables = tables.reshape(NO_BYTE * whole, columns)
         by_length = [
-            self._sums(codes.group(k), tokens, length, scores, tables) + bias
+            self._sums(codes.group(k), tokens, length, bit_scores, tables) + bias
             for k, (length, tokens) in enumerate(zip(codes.ladder, codes.tokens_per_length, strict=True))
             if tokens
         ]
@@ -151,17 +151,17 @@ class CompressedHead(Borrower):
             logits[decoder.zero_token] = 0
         return logits.T.reshape(*hidden.shape[:-1], self.out_features).to(hidden.dtype)
 
-    def _sums(self, codes: Tensor, tokens: int, length: int, scores: Tensor, tables: Tensor) -> Tensor:
+    def _sums(self, codes: Tensor, tokens: int, length: int, bit_scores: Tensor, tables: Tensor) -> Tensor:
         """Logits of a group of codes but for the bias, (tokens, N), from scores of bits (L, N) and of bytes."""
-        step = max(1, BITS_PER_BLOCK // length)
+        step = max(1, UNPACKED_BITS // length)
         if length % 8:
-            starts = torch.arange(0, tokens * length, length, device=scores.device)
+            starts = torch.arange(0, tokens * length, length, device=bit_scores.device)
             bits = (
                 centred_bits(codes, part, torch.full_like(part, length), length, None) for part in starts.split(step)
             )
-            sums = [block @ scores[:length] for block in bits]
+            sums = [block @ bit_scores[:length] for block in bits]
         else:
-            first = torch.arange(length // 8, device=scores.device, dtype=torch.int32) * NO_BYTE
+            first = torch.arange(length // 8, device=bit_scores.device, dtype=torch.int32) * NO_BYTE
             blocks = (block.to(torch.int32).add_(first) for block in whole_bytes(codes, length).split(step))
             # A third faster for the one position of generation.
             if tables.shape[1] == 1 and not torch_compat.is_traced():

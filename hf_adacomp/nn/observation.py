@@ -40,6 +40,7 @@ class Observation(KeptDtype):
     counting: Tensor
     moment_bits: Tensor
     metric: Tensor
+    measuring = True  # whether moments are wanted
 
     def __init__(self, num_tokens: int, dim: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Observation(KeptDtype):
         """Take note of the gradients at vectors (..., d) of ids (...) when they come, and of moments to `measure`."""
 
         def note(gradient: Tensor) -> None:
-            rows = gradient.detach().flatten(0, -2)
+            rows = gradient.detach().reshape(-1, gradient.shape[-1])
             if not rows.isfinite().all():
                 self.broken = True
                 return
@@ -84,7 +85,7 @@ class Observation(KeptDtype):
             sizes = torch.linalg.vector_norm(gradient.detach(), dim=-1, keepdim=True, dtype=torch.float32)
             rows = hidden.detach().float() * sizes
             if rows.isfinite().all():
-                self._measure(rows.flatten(0, -2))
+                self._measure(rows.reshape(-1, rows.shape[-1]))
             else:
                 self.broken = True
 

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..torch_compat import KeptBuffers
+
 MODEL_TYPE = "adacomp-static"
 LEVELS = 255
 LARGEST_SHARE = 0.25
@@ -42,7 +44,7 @@ class StaticConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.gains = vocab_size, hidden_size, gains
 
 
-class StaticModel(PreTrainedModel):
+class StaticModel(KeptBuffers, PreTrainedModel):
     """Vectors of tokens, whatever stands beside them; pooling makes vectors of texts.
 
     >>> import torch
@@ -53,6 +55,7 @@ class StaticModel(PreTrainedModel):
 
     config_class = StaticConfig
     base_model_prefix = "static"
+    kept_buffers = ("largest_gain",)
     gain_levels: Tensor
     largest_gain: Tensor
 
@@ -64,7 +67,7 @@ class StaticModel(PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]  # transformers'
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """Vectors of the ids, int64 (B, T) -> `last_hidden_state` (B, T, d); of any token where the mask is 0."""
+        """Vectors of the ids, int64 (B, T) -> `last_hidden_state` (B, T, d); that of token 0 where the mask is 0."""
         if attention_mask is not None:
             input_ids = input_ids.masked_fill(attention_mask == 0, 0)
         vectors = self.embed_tokens(input_ids)

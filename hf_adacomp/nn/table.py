@@ -128,7 +128,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
                 "token_counts to compress(), calibrate on texts, or train with AdaCompCallback(), which counts"
             )
         state = self.require_training("ensure_warm")
-        if self.config.measured and (metric := state.observation.measured_metric()) is not None:
+        if state.observation.measuring and (metric := state.observation.measured_metric()) is not None:
             state.set_metric(metric)  # that of the moment: observation goes on
         self.warm_start(show_progress=show_progress)
 

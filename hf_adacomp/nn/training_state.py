@@ -47,6 +47,7 @@ class TrainingState(nn.Module):
         options: dict[str, Any] = {"device": source.device}
         self.register_buffer("source", source)
         self.observation = Observation(*source.shape, **options)
+        self.observation.measuring = config.measured
         self.selector = LengthSelector(len(source), config.ladder, config.selection_reach, **options)
         self.register_buffer("assignment", torch.zeros(len(source), dtype=torch.uint8, **options))
         self.register_buffer("stage", torch.tensor(OBSERVE, dtype=torch.uint8, **options))
@@ -116,9 +117,10 @@ class TrainingState(nn.Module):
 
     def set_metric(self, metric: Tensor) -> None:
         """Take over the metric, (d, d), symmetric and positive definite."""
-        if metric.shape != self.metric.shape or torch.linalg.cholesky_ex(metric.double()).info:
+        positive = metric.shape == self.metric.shape and not torch.linalg.cholesky_ex(metric.double()).info
+        if not positive or not torch.allclose(metric, metric.T, atol=1e-5 * float(metric.abs().max())):
             raise ValueError(
-                f"metric must be a positive definite matrix of shape {tuple(self.metric.shape)}; got shape "
+                f"metric must be a symmetric, positive definite matrix of shape {tuple(self.metric.shape)}; got shape "
                 f"{tuple(metric.shape)} with entries from {metric.min():g} to {metric.max():g}"
             )
         self.metric.copy_(metric)
@@ -131,7 +133,7 @@ class TrainingState(nn.Module):
 
     def recount(self) -> None:
         """Collect counts, on all ranks together; while lengths are learned, tokens weigh by them from here on."""
-        added, came = self.observation.collect(self.observing and self.config.measured)
+        added, came = self.observation.collect(self.observing and self.observation.measuring)
         if self.observing and came:
             self.warm_started.zero_()  # a fit that evaluation asked for knew less
         if self.observing or not self.observation.counting:
@@ -142,11 +144,11 @@ class TrainingState(nn.Module):
 
     def warn_of_missing_gradients(self) -> None:
         """Warn if there is nothing to measure directions by."""
-        if self.config.measured and not self.observation.moments.any():
+        if self.observation.measuring and not self.observation.moments.any():
             logger.warning(
-                "no gradient reached the table while it was observed: neither tokens were counted nor directions "
-                "measured. Pass token_counts to compress(), and AdaCompConfig(significance=False) if no gradient is to "
-                "reach it"
+                "no gradient reached the table while it was observed: no direction was measured%s. Pass token_counts "
+                "to compress(), and AdaCompConfig(significance=False) if no gradient is to reach it",
+                ", and no token counted" if self.observation.counting else "",
             )
 
     def start(self, cost: Tensor, budget: int) -> None:

@@ -67,7 +67,7 @@ class DecodedWeight(Tensor):
         device: Where its values are made.
         make: Makes its values.
         whole: Whether it is the table itself, whose rows can be looked up.
-        detached: Whether it has gradients of its own, as what `detach` returns, and the table does not heed it.
+        detached: Whether it is what `detach` returned: `requires_grad_` then is its own and leaves the table as it is.
     """
 
     __torch_function__ = torch_compat.NO_TORCH_FUNCTION

@@ -126,7 +126,7 @@ def _draw(model: Any, folder: Path) -> str | None:
         return None
     try:
         plot_histogram(model).savefig(folder / PICTURE)
-    except Exception as error:  # whatever a drawing library may raise, on any backend
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         logger.warning("the model card has no picture, because it could not be drawn: %r", error)
         return None
     return PICTURE

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, EvalResult, HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .card import save_model_card
 
@@ -33,8 +33,8 @@ def push_model_card(
     with TemporaryDirectory() as folder:
         try:
             file = api.hf_hub_download(repo_id, "README.md", revision=revision)
-        except EntryNotFoundError:
-            pass  # the repository has no card yet
+        except RemoteEntryNotFoundError:
+            pass  # the repository has no card yet; other errors do not say so
         else:
             shutil.copy(file, os.path.join(folder, "README.md"))
         save_model_card(

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +98,22 @@ def test_resized_codes_keep_tokens_in_order_and_append_the_longest_codes(kept, d
     resized.validate("t")
     assert resized.assignment().tolist() == [*ASSIGNMENT[kept].tolist(), 2, 2]
     assert codes(resized) == [codes(module)[token] for token in kept] + [[1.0] * 9] * 2
+
+
+def test_resized_codes_do_not_depend_on_the_blocks_they_are_made_in(monkeypatch):
+    assignment = torch.arange(90) % 3
+    module = packed(LENGTHS, assignment, [torch.arange(LENGTHS[k]) % 2 for k in assignment])
+    kept, new = torch.arange(89, -1, -1), torch.full((3, 9), 0.5)
+    whole = module.resized(kept, new)
+    monkeypatch.setattr("hf_adacomp.codes.packed.BITS_PER_BLOCK", 1)
+    assert torch.equal(module.resized(kept, new).codes, whole.codes)
+
+
+def test_copies_are_without_what_is_kept():
+    module = small()
+    fresh = len(pickle.dumps(module))
+    module.order(), module.locate(torch.tensor([0]))
+    assert len(pickle.dumps(module)) == fresh
 
 
 def test_groups_lie_behind_each_other():

@@ -44,6 +44,17 @@ def test_rows_are_those_of_tokens_that_count():
     assert (labels.kind, labels.rows.shape) == (LOGITS, (2, 3))
 
 
+def test_models_whose_config_asks_for_tuples_answer():
+    model = BertModel(tiny_bert_config(return_dict=False))
+    assert ask(model, {"input_ids": torch.randint(VOCABULARY, (2, 5))}).kind == HIDDEN
+
+
+@pytest.mark.parametrize("kind", [SENTENCE, LOGITS, HIDDEN])
+def test_answers_that_are_no_numbers_are_refused(kind):
+    with pytest.raises(ValueError, match=f"its {kind}, are NaN or Inf"):
+        Answer(kind, torch.full((2, 3), torch.nan)).probe(torch.Generator())
+
+
 def test_models_that_say_something_else_are_refused(monkeypatch):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
     model = ViTModel(ViTConfig(**sizes))

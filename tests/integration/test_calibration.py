@@ -115,6 +115,12 @@ def test_counts_that_were_given_are_kept_and_the_metric_is_measured(bert, counts
     assert not torch.equal(state.metric, torch.eye(32))
 
 
+def test_the_metric_is_measured_though_training_would_not(bert):
+    """With `observe_fraction=0` a training after it goes on with selection at once."""
+    model = calibrate(compress(bert, settings(observe_fraction=0)), texts(50), word_tokenizer(), show_progress=False)
+    assert not torch.equal(model.get_input_embeddings().training_state.metric, torch.eye(32))
+
+
 def test_lengths_on_offer_follow_the_counts(bert, counts):
     """With "auto", as if the counts had been known at once."""
     model = compress(copy.deepcopy(bert), settings(code_lengths="auto"))

@@ -102,7 +102,10 @@ def test_unfinished_checkpoints_are_told_from_whole_ones(tmp_path):
         folder.mkdir()
         save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
         (folder / TRAINER_STATE).write_text(json.dumps({"global_step": step}))
-    (tmp_path / "runs").mkdir()
+    for other in ("runs", "checkpoint-best"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "checkpoint-5").touch()
+    (tmp_path / "checkpoint-5.zip").touch()
     assert unfinished_checkpoints(tmp_path) == {}
     (tmp_path / "checkpoint-1" / TRAINER_STATE).unlink()
     (tmp_path / "checkpoint-2" / TRAINER_STATE).write_text('{"global')

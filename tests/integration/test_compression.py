@@ -283,6 +283,7 @@ def test_parts_of_different_settings_are_told_of(counts, config):
     compress(whole.decoder, AdaCompConfig(LENGTHS, target_ratio=16), counts)
     with pytest.raises(ValueError, match=r"parts of the EncoderDecoderModel are compressed with different settings"):
         pack(whole)
+    assert whole.encoder.get_input_embeddings().phase != "packed"
 
 
 def test_a_whole_that_ties_the_table_of_a_part_is_told_of(config, counts):

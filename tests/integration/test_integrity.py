@@ -79,7 +79,7 @@ def test_a_state_that_is_given_is_saved(llama, ids, tmp_path):
         llama.get_input_embeddings().codebook.scale.mul_(2)
     llama.save_pretrained(tmp_path, state_dict=given)
     assert close(type(llama).from_pretrained(tmp_path)(ids).logits, before)
-    with pytest.raises(ValueError, match=r"packed.codes is missing in what was packed"):
+    with pytest.raises(ValueError, match=r"packed.codes is missing in what is to be saved"):
         llama.save_pretrained(tmp_path, state_dict={k: v for k, v in given.items() if not k.endswith("packed.codes")})
     with pytest.raises(ValueError, match=r"is other than what was packed"):
         llama.save_pretrained(tmp_path, state_dict=averaged(llama))

@@ -27,6 +27,7 @@ def test_packed_models_save_with_a_card(bert, config, counts, tmp_path, written)
     pack(bert).save_pretrained(tmp_path / "packed")
     assert written == [str(tmp_path / "packed")]
     bert.save_pretrained(tmp_path / "second", is_main_process=False)
+    bert.save_pretrained(tmp_path / "third", False)
     assert written == [str(tmp_path / "packed")]
 
 

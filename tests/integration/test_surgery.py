@@ -43,11 +43,14 @@ def test_every_place_of_a_table_reads_the_same_codes(name, counts):
     assert not {*tied_weights(model), *tied_weights(model).values()} & dense.weights
 
 
-def test_a_dense_head_keeps_a_copy_of_its_weights(counts):
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_dense_head_keeps_a_copy_of_its_weights(learning, counts):
     model = TIED["gpt2"]()
     weight = model.lm_head.weight
+    model.lm_head.weight.requires_grad_(learning)
     install(model, settings(head="dense"), counts)
     assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight.requires_grad == learning
     assert model.lm_head.weight.data_ptr() != weight.data_ptr()
     assert torch.equal(model.lm_head.weight, weight)
 

@@ -16,6 +16,8 @@ from transformers import (
     EncoderDecoderModel,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
+    MllamaForCausalLM,
+    MllamaTextConfig,
     PreTrainedModel,
     RobertaConfig,
     RobertaModel,
@@ -31,6 +33,7 @@ from hf_adacomp import (
     keep_tokens,
     pack,
 )
+from hf_adacomp.integration.vocabulary import _resized
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 SETTINGS = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
@@ -75,6 +78,12 @@ def test_new_tokens_are_near_the_mean_and_differ(counts):
     distance = (table - mean).norm(dim=1)
     assert distance[VOCABULARY:].mean() < 0.5 * distance[:VOCABULARY].mean()
     assert len(table[VOCABULARY:].unique(dim=0)) == 8
+
+
+def test_tokens_of_two_calls_differ(counts):
+    model = add_tokens(add_tokens(packed("bert", counts), 1), 1)
+    one, other = model.get_input_embeddings()(torch.tensor([VOCABULARY, VOCABULARY + 1]))
+    assert not torch.equal(one, other)
 
 
 def test_new_tokens_train_on(counts):
@@ -180,6 +189,38 @@ def test_a_padding_token_that_positions_start_at_keeps_its_id(counts):
     before = model(torch.tensor([[5, 7]])).last_hidden_state
     keep_tokens(model, [7, 1, 5])
     assert close(model(torch.tensor([[2, 0]])).last_hidden_state, before)
+
+
+def test_positions_of_sines_start_at_the_padding_token_too(counts):
+    model = packed("m2m100", counts)
+    with pytest.raises(ValueError, match=r"counts positions from its padding token 0"):
+        keep_tokens(model, [1, 0, *range(2, 12)])
+
+
+def test_a_head_of_fewer_tokens_keeps_them_in_their_places():
+    rows = torch.arange(3.0)[:, None]
+    assert _resized(rows, torch.tensor([2, 5, 0]), 4).flatten().tolist() == [2, 1, 0, 1]
+
+
+def test_ids_that_a_model_must_have_cannot_be_dropped(counts):
+    """And nothing has changed then."""
+    model = packed("llama-tied", counts)
+    model.image_token_index = model.config.image_token_index = 9
+    with pytest.raises(ValueError, match=r"cannot drop token 9, the image_token_index of LlamaForCausalLM: keep it"):
+        keep_tokens(model, [0, 8])
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == VOCABULARY
+    keep_tokens(model, [0, 9])
+    assert model.image_token_index == model.config.image_token_index == 1
+
+
+def test_configs_that_must_have_a_token_are_asked_first(counts):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = MllamaTextConfig(vocab_size=VOCABULARY, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, **sizes)
+    tables = torch.cat([counts, counts[:8]])  # eight more rows, for images
+    model = pack(compress(MllamaForCausalLM(config).eval(), SETTINGS, tables))
+    with pytest.raises(ValueError, match=r"that MllamaTextConfig must have: keep it, too.*bos_token_id"):
+        keep_tokens(model, [0, 5, 6])
+    assert (model.get_input_embeddings().num_embeddings, model.config.vocab_size) == (VOCABULARY + 8, VOCABULARY)
 
 
 @pytest.mark.parametrize("form", [set, dict.fromkeys, iter, np.array, lambda ids: np.array(ids, dtype=np.uint16)])

@@ -145,8 +145,8 @@ def test_mixture_is_that_of_the_embedding(table, hidden):
 
 def test_no_dense_table_is_ever_made(table, monkeypatch):
     table.pack()
-    for module in ("head", "decoding"):
-        monkeypatch.setattr(f"hf_adacomp.nn.{module}.BITS_PER_BLOCK", 64 * LENGTHS[-1])
+    for name in ("head.UNPACKED_BITS", "decoding.BITS_PER_BLOCK"):
+        monkeypatch.setattr(f"hf_adacomp.nn.{name}", 64 * LENGTHS[-1])
     for positions, width in ((1, None), (64, 32)):  # logits of many positions are larger than a table
         with torch.no_grad(), LargestTensor(width) as seen:
             CompressedHead(table)(torch.randn(positions, 32))

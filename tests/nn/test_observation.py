@@ -42,6 +42,13 @@ def test_what_the_loss_reads_is_what_the_metric_is_long_in(table, ids):
     assert torch.allclose(metric, expected, atol=1e-3)
 
 
+def test_one_id_and_one_hidden_state_are_measured(table):
+    hidden = torch.randn(DIM, requires_grad=True)
+    observation = observed(table, table(torch.tensor(3)).sum() + CompressedHead(table)(hidden).square().sum())
+    assert observation.token_counts.tolist() == [int(token == 3) for token in range(VOCABULARY)]
+    assert hidden.grad.shape == (DIM,)
+
+
 def test_directions_count_by_the_size_of_gradients_not_its_square(table, ids):
     loss = (table(ids)[..., :2] * torch.tensor([1.0, 9.0]) * torch.randn(*ids.shape, 2)).sum()
     reaction = observed(table, loss).measured_metric().diagonal() - 0.5
@@ -216,9 +223,13 @@ def test_errors_are_least_where_the_metric_is_long(config, counts):
     assert errors[1][1:].mean() > errors[0][1:].mean()
 
 
-@pytest.mark.parametrize("bad", [torch.ones(3), -torch.eye(DIM), torch.full((DIM, DIM), torch.nan)])
+LOPSIDED = torch.eye(DIM)
+LOPSIDED[0, 1] = 0.5
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), -torch.eye(DIM), torch.full((DIM, DIM), torch.nan), LOPSIDED])
 def test_bad_metric_is_refused(table, bad):
-    with pytest.raises(ValueError, match="metric must be a positive definite matrix of shape"):
+    with pytest.raises(ValueError, match="metric must be a symmetric, positive definite matrix of shape"):
         table.warm_start(metric=bad)
     assert table.cold
 
