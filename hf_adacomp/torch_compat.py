@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def as_float64(tensor: Tensor) -> Tensor:
@@ -79,31 +78,31 @@ def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
     return iter([*module._modules.items()])
 
 
-def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as autograd counts it. 0 for those it does not.
-
-    Fused optimizers, the Trainer's default among them, change parameters uncounted.
+class Snapshot:
+    """Tensors as they were: parameters by a copy of their values, which fused optimizers and `parameter.data` change
+    uncounted; others, which are large and constant, by where they lie and how often autograd has seen them change.
     """
-    return 0 if tensor.is_inference() else int(tensor._version)
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.seen = [_seen(tensor) for tensor in tensors]
+
+    def holds(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether these are the same tensors, unchanged."""
+        given = [*tensors]
+        return len(given) == len(self.seen) and all(map(_is_same, self.seen, given))
 
 
-_steps_taken = 0
+def _seen(tensor: Tensor) -> Any:
+    if isinstance(tensor, nn.Parameter):
+        return tensor.detach().clone()
+    return id(tensor), tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
 
 
-def _note_step(*_: Any) -> None:
-    global _steps_taken  # noqa: PLW0603  # by all optimizers of the process, as the hook is
-    _steps_taken += 1
-
-
-register_optimizer_step_post_hook(_note_step)
-
-
-def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """What differs as soon as one of the tensors is another, lies elsewhere or was changed in place.
-
-    Any optimizer's step may have changed them: see `version`.
-    """
-    return _steps_taken, *((id(tensor), tensor.data_ptr(), tensor.dtype, version(tensor)) for tensor in tensors)
+def _is_same(seen: Any, tensor: Tensor) -> bool:
+    if not isinstance(seen, Tensor) or not isinstance(tensor, nn.Parameter):
+        return not isinstance(seen, Tensor) and bool(seen == _seen(tensor))
+    alike = (seen.dtype, seen.device) == (tensor.dtype, tensor.device) and not seen.is_meta
+    return alike and torch.equal(seen, tensor)
 
 
 def is_traced() -> bool:

@@ -51,16 +51,6 @@ def test_children():
     assert len([*model.named_children()]) == 1
 
 
-def test_version():
-    parameter = nn.Parameter(torch.ones(2))
-    before = torch_compat.version(parameter)
-    parameter.grad = torch.ones(2)
-    for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter], lr=0.0)):
-        optimizer.step()
-        assert torch_compat.version(parameter) > before
-        before = torch_compat.version(parameter)
-
-
 class Watched(torch.Tensor):
     """Notes the operators that it is asked for."""
 
@@ -107,30 +97,40 @@ def test_check_on_device_raises_what_the_processor_raises(compiled):
         run(torch.tensor([-1]))
 
 
-def test_version_of_what_autograd_does_not_count():
-    with torch.inference_mode():
-        assert torch_compat.version(torch.zeros(2)) == 0
-
-
-def test_state_of_tensors_tells_every_change():
-    tensor = torch.zeros(2)
-    before = torch_compat.state_of([tensor])
-    assert torch_compat.state_of([tensor]) == before
-    assert torch_compat.state_of([tensor.clone()]) != before
-    tensor.data = torch.zeros(2)
-    moved = torch_compat.state_of([tensor])
-    assert moved != before
-    tensor.add_(1)
-    assert torch_compat.state_of([tensor]) != moved
+@pytest.mark.parametrize("inference", [False, True])
+def test_snapshots_tell_every_change_of_constants(inference):
+    with torch.inference_mode(inference):
+        tensor = torch.zeros(2)
+    before = torch_compat.Snapshot([tensor])
+    assert before.holds([tensor])
+    assert not before.holds([tensor, tensor])
+    assert not before.holds([tensor.clone()])
+    assert not before.holds([nn.Parameter(tensor.clone())])
+    if not inference:
+        tensor.add_(1)
+        assert not before.holds([tensor])
+        tensor.data = torch.zeros(2)
+        assert not before.holds([tensor])
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
-def test_state_of_tensors_tells_steps_of_optimizers(options):
+def test_snapshots_tell_steps_of_optimizers(options):
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
-    before = torch_compat.state_of([parameter])
+    before = torch_compat.Snapshot([parameter])
     torch.optim.AdamW([parameter], **options).step()  # a fused one leaves no trace at the tensor
-    assert torch_compat.state_of([parameter]) != before
+    assert not before.holds([parameter])
+
+
+def test_snapshots_tell_what_autograd_does_not_count():
+    parameter = nn.Parameter(torch.ones(2))
+    before = torch_compat.Snapshot([parameter])
+    parameter.data.mul_(1)
+    assert before.holds([parameter])
+    parameter.data.mul_(2)
+    assert not before.holds([parameter])
+    assert not torch_compat.Snapshot([parameter]).holds([nn.Parameter(parameter.double())])
+    assert not torch_compat.Snapshot([parameter.to("meta")]).holds([parameter.to("meta")])
 
 
 def test_hand_over_hooks():

@@ -112,7 +112,7 @@ class BinaryCodebook(torch_compat.KeptBuffers):
         self.length, self.dim, self.tied, self.storage = length, dim, tied, storage
         self.integer_bits = INTEGER_BITS.get(storage)
         self.packed = False
-        self._kept: tuple[Any, StoredBook] | None = None
+        self._kept: tuple[torch_compat.Snapshot, StoredBook] | None = None
         self.rate = min(1.0, (2 / length) ** 0.5)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.randn(length, dim, **options) / length**0.5 / self.rate)
@@ -132,10 +132,10 @@ class BinaryCodebook(torch_compat.KeptBuffers):
         if not self.packed or self.training or torch.is_grad_enabled() or torch_compat.is_traced():
             self._kept = None
             return self._decoded()
-        state = torch_compat.state_of((self.weight, self.bias, self.scale if self.integer_bits else self.bias))
+        tensors = (self.weight, self.bias, self.scale if self.integer_bits else self.bias)
         kept = self._kept  # once: other threads may let go of it
-        if kept is None or kept[0] != state:
-            kept = self._kept = state, self._decoded()
+        if kept is None or not kept[0].holds(tensors):
+            kept = self._kept = torch_compat.Snapshot(tensors), self._decoded()
         return kept[1]
 
     @property

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..codes.packed import PackedCodes
 from ..config import LARGEST, MOST_BITS, AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
-from ..nn.head import CompressedHead
 from ..nn.loading import GUARD
-from ..nn.sharing import SharedEmbedding
+from ..nn.reading import WeightFromCodes
 
 SEALED_SETTINGS = ("format_version", "codebook_dtype", "head", "tied", "target_ratio", "selection_reach")
 """Settings that a layout's checksum covers: those that vectors and logits depend on, and `target_ratio` and
@@ -70,8 +69,7 @@ def guards(model: nn.Module) -> dict[str, Tensor]:
     Where transformers loads a file without this package, it would make the tables up at random after a warning; a
     tensor of another shape is an error to it, which names the place.
     """
-    places = (AdaptiveCompressedEmbedding, SharedEmbedding, CompressedHead)
-    names = [name for name, module in model.named_modules() if isinstance(module, places)]
+    names = [name for name, module in model.named_modules() if isinstance(module, WeightFromCodes)]
     # Each has memory of its own: transformers takes tensors without any for shared weights.
     return {f"{name}.{GUARD}": torch.zeros(1)[:0] for name in names}
 

@@ -1,4 +1,4 @@
-"""Methods of its own that a compressed model has: its state, resizing, saving with a card, finding its table."""
+"""Methods of its own that a compressed model has: resizing, saving with a card, finding its table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from .. import transformers_compat
 from ..nn.reading import WeightFromCodes
-from .layout import guards
 from .tables import compressed_embeddings, input_embeddings, model_parts
 from .vocabulary import resized_embeddings
 
@@ -49,14 +48,6 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
         quantizer.given_state = None
     if given.get("is_main_process", True) and not (Path(save_directory) / SENTENCE_FILE).exists():
         describe(model, save_directory)
-
-
-def state_dict(model: PreTrainedModel, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-    """`nn.Module.state_dict` with guards: a dense model refuses it, also within a larger model's, and unstrictly."""
-    state: dict[str, Any] = type(model).state_dict(model, *args, prefix=prefix, **kwargs)
-    # Cloned, so that they have no memory: safetensors refuses a tensor that is part of a larger one.
-    state.update({prefix + name: guard.clone() for name, guard in guards(model).items()})
-    return state
 
 
 def set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
@@ -115,7 +106,6 @@ def take_methods(model: PreTrainedModel) -> None:
 
 METHODS: dict[str, Callable[..., Any]] = {
     transformers_compat.RESIZED_EMBEDDINGS: resized_embeddings,
-    "state_dict": state_dict,
     "set_input_embeddings": set_input_embeddings,
     "get_submodule": get_submodule,
     "save_pretrained": save_pretrained,

@@ -12,6 +12,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import transformers_compat
 from ..config import QUANT_METHOD, AdaCompConfig
+from ..nn.loading import EMPTY
+from ..nn.reading import WeightFromCodes
 from ..nn.static import StaticModel
 from .checkpoint import check_stored, check_tables, stored_tensors
 from .integrity import (
@@ -82,13 +84,16 @@ class AdaCompHfQuantizer(HfQuantizer):
                     "does not tie it: set tie_word_embeddings to true in the model's config"
                 )
             new = empty_table(layout, self.quantization_config, table.owner.weight.dtype)
+            new.loading = True
             if stored is not None:  # transformers would make room for whatever the config claims
                 check_stored(stored_name, new.state_dict(), stored)
             new.stand_in_for(table.owner, new.scale)
             put(model, table, new, self.quantization_config.head)
-            new.loading = True
             self._checksums[new] = layout["tensor_checksums"]
-        transformers_compat.expect_in_files(model, guards(model))
+        _set_loading(model, True)
+        # Those of the file, too: it may be that of a model with a head, or without.
+        in_file = [name for name, found in (stored or {}).items() if found.shape == EMPTY.shape]
+        transformers_compat.expect_in_files(model, [*guards(model), *in_file])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
@@ -101,11 +106,11 @@ class AdaCompHfQuantizer(HfQuantizer):
         return model
 
     def _check_loaded(self, model: PreTrainedModel) -> None:
+        _set_loading(model, False)
         for name, embedding in compressed_embeddings(model).items():
             refuse_missing(name, embedding)
             check_values(name, embedding)
             compare_checksums(name, embedding, self._checksums.pop(embedding))
-            embedding.loading = False
             embedding.train(embedding.training)
         if isinstance(model, StaticModel):  # whose gains stand beside the table
             refuse_missing(model.base_model_prefix, model)
@@ -161,6 +166,12 @@ class AdaCompHfQuantizer(HfQuantizer):
         return True
 
 
+def _set_loading(model: PreTrainedModel, loading: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, WeightFromCodes):
+            module.loading = loading
+
+
 def refuse_quantized(model: PreTrainedModel) -> None:
     """Raise ValueError if another quantizer is in charge of `model`: a config has room for one."""
     quantizer = transformers_compat.quantizer_of(model)
@@ -186,7 +197,9 @@ def attach(model: PreTrainedModel, quantizer: AdaCompHfQuantizer) -> None:
 
 
 def attach_whole(model: Any) -> None:
-    """Have whole models save the tables of parts that were compressed by themselves: stock code asks the whole alone.
+    """Have whole models save tables of parts that were compressed by themselves, or that users put in their places.
+
+    Stock code asks the whole alone.
 
     Raises:
         ValueError: For parts of different settings, since a config has room for one; for a table that the whole ties.
@@ -194,6 +207,8 @@ def attach_whole(model: Any) -> None:
     for whole in transformers_models(model):
         quantizers = [transformers_compat.quantizer_of(part) for _, part in model_parts(whole)]
         ours = [quantizer for quantizer in quantizers if isinstance(quantizer, AdaCompHfQuantizer)]
+        tables = compressed_embeddings(whole).values()
+        ours = ours or [AdaCompHfQuantizer(table.settings, pre_quantized=False) for table in tables]
         if not ours or transformers_compat.quantizer_of(whole) is not None:
             continue
         weights = {f"{name}.weight" for name in (*compressed_embeddings(whole), *compressed_heads(whole))}

@@ -199,17 +199,17 @@ def resized_embeddings(
         return transformers_compat.resized_embeddings(
             model, old_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing
         )
-    tables = _packed_tables(model)
-    further = not any(old_embeddings is table for table in tables)  # a second table by token, as Gemma3n's
-    if further:
-        tables = [old_embeddings]
-    before = tables[0].num_embeddings
+    before = old_embeddings.num_embeddings
     total = before if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of is not None:
         total = -(-total // pad_to_multiple_of) * pad_to_multiple_of
     if total < 1:
         raise ValueError(f"a vocabulary has at least one token; got {total}")
     if total != before:
+        tables = _packed_tables(model)
+        further = not any(old_embeddings is table for table in tables)  # a second table by token, as Gemma3n's
+        if further:
+            tables = [old_embeddings]
         codes = [codes_for(embedding, max(0, total - before), None) for embedding in tables]
         kept = torch.arange(min(before, total), device=codes[0].device)
         if further:

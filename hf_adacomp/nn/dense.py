@@ -28,7 +28,10 @@ def checked_table(embedding: nn.Module) -> Tensor:
             or `scale_grad_by_freq`, and for NaN, Inf, or entries all too small or any too large in the table.
     """
     if not isinstance(getattr(embedding, "weight", None), nn.Parameter):
-        raise ValueError(f"cannot compress {type(embedding).__name__}: it has no parameter `weight` of its own")
+        raise ValueError(
+            f"cannot compress {type(embedding).__name__}: it has no parameter `weight` of its own. To "
+            'compress a table inside of it, name that: compress(model, config, include=["*its_name"])'
+        )
     checked_scale(embedding)
     if not isinstance(embedding, TABLES) or any(map(vars(embedding).get, OPTIONS)):
         given = ", ".join(f"{name}={vars(embedding).get(name)}" for name in OPTIONS)
@@ -56,6 +59,11 @@ def checked_scale(embedding: nn.Module) -> float:
     really computes that product.
     """
     if type(embedding) in TABLES:
+        if "forward" in vars(embedding) and not embedding.weight.is_meta and not _multiplies(embedding, 1.0):
+            raise ValueError(
+                f"cannot compress an {type(embedding).__name__} whose own `forward` returns other than rows of its "
+                "table: take that off, compress, and put it on the compressed one"
+            )
         return 1.0
     scale = transformers_compat.embed_scale(embedding)
     own = {name for name, _ in embedding.named_parameters()}
@@ -71,8 +79,8 @@ def checked_scale(embedding: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _multiplies(embedding: nn.Embedding, scale: float) -> bool:
-    rows = embedding.weight[:2]
+def _multiplies(embedding: nn.Module, scale: float) -> bool:
+    rows: Tensor = embedding.weight[:2]  # type: ignore[index]  # a tensor
     found = embedding(torch.arange(len(rows), device=rows.device))
     return found.shape == rows.shape and torch.allclose(found.float(), rows.float() * scale, rtol=0.01)
 

@@ -22,6 +22,9 @@ from .training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
+NOT_COMPILED = "a compressed table in training is not compiled, since shapes depend on values: call pack first"
+"""What torch says where the whole of a model must be one graph."""
+
 
 class AdaptiveCompressedEmbedding(CodedTable):
     """Embeddings as sums of code vectors chosen by binary codes, each token with a code length of its own.
@@ -73,7 +76,6 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.abandoned = False  # whether training ended before the lengths were frozen
         self.diverged = False  # whether the task's last gradients were NaN or Inf
         self.movement = Movement()
-        self.loading = False  # whether weights are on their way in and have not been checked yet
         self.settings = config  # as the user gave them, perhaps without a ladder
         self.anew = _source is None
         if self.anew:
@@ -109,6 +111,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         module.settings = config
         module.budget()
         module.stand_in_for(embedding, checked_scale(embedding))
+        torch_compat.hand_over_hooks(embedding, module)
         module.train(embedding.training)
         if token_counts is not None:
             module.warm_start(token_counts)
@@ -232,7 +235,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
         self.last_weight.end_pass(keep=not self.training)
         return self._with_all(self.decoder().look_up(ids))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # phases change, and shapes depend on values
+    @torch.compiler.disable(reason=NOT_COMPILED)  # type: ignore[untyped-decorator]  # torch's
     def _look_up_in_training(self, ids: Tensor, state: TrainingState) -> Tensor:
         self.reached = True
         self.last_weight.end_pass(keep=not self.training)

@@ -12,7 +12,7 @@ from .. import torch_compat
 from ..codes.bits import NO_BYTE, centred_bits, whole_bytes
 from ..codes.packed import PackedCodes
 from .decoding import Decoder, SourceVectors
-from .embedding import AdaptiveCompressedEmbedding
+from .embedding import NOT_COMPILED, AdaptiveCompressedEmbedding
 from .sharing import Borrower, Place
 
 UNPACKED_BITS = 1 << 20
@@ -101,7 +101,7 @@ class CompressedHead(Borrower):
             logits = self._score_in_training(hidden)
         return logits if self.bias is None else logits + self.bias.to(logits.device)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as the embedding in training
+    @torch.compiler.disable(reason=NOT_COMPILED)  # type: ignore[untyped-decorator]  # torch's
     def _score_in_training(self, hidden: Tensor) -> Tensor:
         decoder = self.embedding.decoder()
         if isinstance(decoder, SourceVectors):

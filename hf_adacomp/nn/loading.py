@@ -10,7 +10,13 @@ from torch import nn
 from ..codes.packed import PackedCodes
 
 GUARD, EMPTY = "weight", torch.zeros(0)
-"""Name of the dense weight. State dicts hold an empty tensor under it, lest others take them for a dense model's."""
+"""Name of the dense weight. State dicts hold an empty tensor under it: a dense model refuses it, also unstrictly."""
+
+
+def put_guard(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put the guard into a state dict, but for what transformers loads by: it wants a place for each tensor."""
+    if not module.loading:
+        state_dict[prefix + GUARD] = EMPTY.clone()
 
 
 def pass_over_guard(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -29,9 +35,6 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
             f"{name}: the checkpoint holds a dense table, which the compressed one would leave out: load it into the "
             "dense model, then compress that"
         )
-    fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
-    if cast := sorted(key for key in fixed & state_dict.keys() if state_dict[key].is_floating_point()):
-        errors.append(f"{cast[0]} is {state_dict[cast[0]].dtype}: codes are integers and cannot be averaged or cast")
     stored = {form for form in ("packed", "training_state") for key in state_dict if key.startswith(f"{prefix}{form}.")}
     learning = table.training_state is not None
     if "packed" in stored and (table.anew or not learning):
@@ -43,6 +46,9 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
             "form: load the checkpoint with from_pretrained instead. In a module of your own, put a new "
             "AdaptiveCompressedEmbedding(num_embeddings, embedding_dim, config) in its place first"
         )
+    fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
+    if not errors and (cast := sorted(key for key in fixed & {*state_dict} if state_dict[key].is_floating_point())):
+        errors.append(f"{cast[0]} is {state_dict[cast[0]].dtype}: codes are integers and cannot be averaged or cast")
 
 
 def seal_again(table: Any, _: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,12 +14,20 @@ from ..codes.codebook import BinaryCodebook
 from .bag import Bag
 from .decoding import Decoder, SourceVectors
 from .dense import dense_embedding
+from .loading import put_guard
+from .read_only import LOST
 from .training_state import TrainingState
-from .weight import LOST, DecodedWeight, Read, Table
+from .weight import DecodedWeight, Read, Table
 
 
 class WeightFromCodes(nn.Module):
-    """A module whose `weight` is decoded from codes, and cannot be set."""
+    """A module whose `weight` is decoded from codes, and cannot be set. State dicts have a guard in its place."""
+
+    loading = False  # whether weights are on their way in and have not been checked yet
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_state_dict_post_hook(put_guard)  # type: ignore[no-untyped-call]  # torch's
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -45,7 +52,7 @@ class LastWeight:
 
     def __init__(self) -> None:
         self._weights: WeakValueDictionary[Any, DecodedWeight] = WeakValueDictionary()
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: tuple[bool, torch_compat.Snapshot, Tensor] | None = None
         self._read = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,8 +60,8 @@ class LastWeight:
 
     def weight(self, table: Table, bias: Tensor) -> DecodedWeight:
         """The weight of `table`, of the dtype and device of `bias`; the same object while somebody holds it."""
-        learning = tuple(parameter.requires_grad for parameter in table.parameters())
-        state = learning, bias.dtype, bias.device, table.num_embeddings
+        parameters = tuple((id(parameter), parameter.requires_grad) for parameter in table.parameters())
+        state = parameters, bias.dtype, bias.device, table.num_embeddings
         weight = self._weights.get(state)
         if weight is None:
             with torch.inference_mode(False), torch.enable_grad():  # as a parameter, whoever asks for it first
@@ -62,14 +69,15 @@ class LastWeight:
             self._weights[state] = weight
         return weight
 
-    def values(self, state: Any, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` makes, once as long as `state` is the same."""
+    def values(self, table: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes, once as long as `table` is in the same mode and its tensors are the same."""
         self._read = True
+        tensors = [*table.parameters(), *table.buffers()]
         kept = self._kept  # once: other threads may let go of it
-        if kept is None or kept[0] != state:
+        if kept is None or kept[0] != table.training or not kept[1].holds(tensors):
             kept = self._kept = None  # before the next are made: not two tables at once
-            kept = self._kept = state, make()
-        return kept[1]
+            kept = self._kept = table.training, torch_compat.Snapshot(tensors), make()
+        return kept[2]
 
     def end_pass(self, keep: bool) -> None:
         """A pass over the model is over: values are let go unless it read them and they are to be kept."""
@@ -90,7 +98,7 @@ class ReadableTable(WeightFromCodes):
     hard_decoder: Callable[[], Decoder]
 
     def __init__(self) -> None:
-        nn.Module.__init__(self)
+        WeightFromCodes.__init__(self)
         self.reached = False  # whether training ever used its vectors
         self.last_weight = LastWeight()
         # Of the dense module: see `stand_in_for`.
@@ -144,7 +152,7 @@ class ReadableTable(WeightFromCodes):
     @torch.no_grad()
     def weight_values(self) -> Tensor:
         """All vectors as they are due now, (V, d), without gradients."""
-        return self.last_weight.values(self._state_now(), lambda: self.decoder().table())
+        return self.last_weight.values(self, lambda: self.decoder().table())
 
     @torch.no_grad()
     def weight_rows(self, ids: Tensor) -> Tensor:
@@ -154,15 +162,13 @@ class ReadableTable(WeightFromCodes):
     def weight_gradients(self, gradient: Tensor) -> list[Tensor | None]:
         """From the gradient at all vectors, (V, d), those of `parameters()`."""
         self.reached = True
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
         with torch.enable_grad():  # a backward pass asks, which has none
             decoder = self.decoder()
         if isinstance(decoder, SourceVectors):
             decoder.state.observation.note_table(gradient)
             return [None for _ in self.parameters()]
         return decoder.gradients([*self.parameters()], lambda block, _: gradient[block])
-
-    def _state_now(self) -> tuple[Any, ...]:
-        return self.training, torch_compat.state_of(chain(self.parameters(), self.buffers()))
 
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding | nn.EmbeddingBag:

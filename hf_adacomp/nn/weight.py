@@ -7,15 +7,15 @@ reach what learns in the table. A write would be lost, and raises; so does one i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import torch_compat
+from .read_only import LOST, ReadOnly, ReadOnlyCopy
 
 aten = torch.ops.aten
 
@@ -27,13 +27,6 @@ LIKE = {
 
 COPIES = {aten.embedding, aten.index_select, aten.index}
 """Look-ups of rows whose result is no view."""
-
-
-LOST = (
-    "is decoded from codes, so that a change would be lost, and cannot be tied to another. New tokens: "
-    "hf_adacomp.add_tokens(model, n, vectors=...). To change others: decompress(pack(model)), change the dense table, "
-    "compress it again"
-)
 
 
 class Table(Protocol):
@@ -54,11 +47,14 @@ class Table(Protocol):
     def parameters(self) -> Any:
         """What may learn."""
 
+    def named_parameters(self) -> Any:
+        """The same with names."""
+
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Let it learn or not."""
 
 
-class DecodedWeight(Tensor):
+class DecodedWeight(ReadOnly):
     """The weight of a compressed table, or a view of it.
 
     Args:
@@ -70,8 +66,6 @@ class DecodedWeight(Tensor):
         detached: Whether it is what `detach` returned: `requires_grad_` then is its own and leaves the table as it is.
     """
 
-    __torch_function__ = torch_compat.NO_TORCH_FUNCTION
-    _is_hf_initialized = True  # transformers' initialisation passes over it
     _table: Table
     _make: Callable[[], Tensor]
     _whole: bool
@@ -91,26 +85,24 @@ class DecodedWeight(Tensor):
         weight._table, weight._make, weight._whole, weight._detached = table, make, whole, detached
         return weight
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without its class and function
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        first, packet = args[0] if args else None, func.overloadpacket
-        if any(map(_holds, torch_compat.written(func, args, kwargs))):
-            raise ValueError(f"{packet} would write into the weight of a compressed table: it {LOST}")
-        if isinstance(first, cls):
-            if packet in LIKE:
-                blank = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
-                return func(blank, *args[1:], **kwargs)
-            ids = first._ids(func, args[1:], kwargs)
-            if ids is not None and packet in COPIES:
-                return first._table.weight_rows(ids)
-            if torch_compat.is_view(func):
-                return first._view(func, args[1:], kwargs, ids)
-        return func(*map(_replaced, args), **{name: _replaced(value) for name, value in kwargs.items()})
+    def plain(self) -> Tensor:
+        """All values that it stands for, decoded."""
+        return self._make()
 
-    def _ids(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def answer(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What an operator returns whose first argument this is: most need less than all values."""
+        packet = func.overloadpacket
+        if packet in LIKE:
+            blank = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+            return func(blank, *args, **kwargs)
+        ids = self._ids(func, args, kwargs)
+        if ids is not None and packet in COPIES:
+            return self._table.weight_rows(ids)
+        if torch_compat.is_view(func):
+            return self._view(func, args, kwargs, ids)
+        return super().answer(func, args, kwargs)
+
+    def _ids(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The ids of the rows that `func` takes out; None if it does something else."""
         packet = func.overloadpacket
         rows = packet in (aten.select, aten.slice, aten.index_select) and (args[0] if args else 0) % self.dim() == 0
@@ -121,7 +113,7 @@ class DecodedWeight(Tensor):
         ids: Tensor = func(torch.arange(len(self), device=self.device), *args, **kwargs)
         return ids
 
-    def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Tensor | None) -> Any:
+    def _view(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ids: Tensor | None) -> Any:
         meta = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
         like = func(meta, *args, **kwargs)
         if not isinstance(like, Tensor):  # several views
@@ -132,7 +124,7 @@ class DecodedWeight(Tensor):
             return DecodedWeight(self._table, like, self.device, self._make, self._whole, detached=True)
         return self._part(like, lambda: func(self._make(), *args, **kwargs))
 
-    def _one_of_many(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> Tensor:
+    def _one_of_many(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], i: int) -> Tensor:
         views: list[Tensor] = func(self._make(), *args, **kwargs)
         return views[i]
 
@@ -141,8 +133,8 @@ class DecodedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The same without gradients; not to be set."""
-        return self.detach()
+        """A copy without gradients, which is not to be written to; not to be set."""
+        return ReadOnlyCopy(self._make().clone())
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -169,22 +161,19 @@ class DecodedWeight(Tensor):
         """Whether this is all of a table, and the same as another weight."""
         return isinstance(weight, DecodedWeight) and self._whole and self._table is weight._table and not self._detached
 
-    def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:
-        """As of any tensor."""
-        return self.clone().numpy(force=force)
+    def register_hook(self, hook: Any) -> Any:
+        """Refused, but for a detached weight: the next reader of the table gets another weight."""
+        return super().register_hook(hook) if self._detached else self._refuse_hook()  # type: ignore[no-untyped-call]
 
-    def tolist(self) -> list[Any]:
-        """As of any tensor."""
-        return self.clone().tolist()
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        """As `register_hook`."""
+        return super().register_post_accumulate_grad_hook(hook) if self._detached else self._refuse_hook()  # type: ignore[no-untyped-call]
 
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.detach().clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().clone().__reduce_ex__(protocol)
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch declares no name for its options
-        return f"{type(self).__name__}({tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+    def _refuse_hook(self) -> None:
+        raise ValueError(
+            "a hook on the weight of a compressed table would not be called: it is decoded at each use, and what "
+            "learns are embedding.parameters(). Put the hook there, or on the module, register_full_backward_hook"
+        )
 
 
 class Read(torch.autograd.Function):
@@ -192,20 +181,38 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Table, bias: Tensor, *parameters: Tensor) -> DecodedWeight:
-        ctx.table = table
+        ctx.asked = asked = AskedWith(table, parameters)
         like = torch.empty(table.num_embeddings, table.embedding_dim, dtype=bias.dtype, device="meta")
-        return DecodedWeight(table, like, bias.device, table.weight_values, whole=True)
+        return DecodedWeight(table, like, bias.device, partial(asked, "weight_values"), whole=True)
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.table.weight_gradients(gradient[0])
+        return None, None, *ctx.asked("weight_gradients", gradient[0])
 
 
-def _holds(value: Any) -> bool:
-    return isinstance(value, DecodedWeight) or (isinstance(value, (list, tuple)) and any(map(_holds, value)))
+class AskedWith:
+    """A table, asked with the parameters that it had when its weight was read.
+
+    `torch.func.functional_call` exchanges a module's parameters for one call; gradients come after it.
+    """
+
+    def __init__(self, table: Table, parameters: Sequence[Tensor]) -> None:
+        self.table, self.parameters = table, parameters
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        """What the method returns."""
+        names = [name for name, _ in self.table.named_parameters()]
+        same = all(old is now for old, now in zip(self.parameters, self.table.parameters(), strict=False))
+        if same or len(names) != len(self.parameters):  # packing leaves fewer
+            return getattr(self.table, method)(*args)
+        given = {f"table.{name}": old for name, old in zip(names, self.parameters, strict=True)}
+        return torch.func.functional_call(_Asking(self.table), given, (method, *args))
 
 
-def _replaced(value: Any) -> Any:
-    if isinstance(value, DecodedWeight):
-        return value._make()
-    return type(value)(map(_replaced, value)) if isinstance(value, (list, tuple)) and _holds(value) else value
+class _Asking(nn.Module):
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, method: str, *args: Any) -> Any:
+        return getattr(self.table, method)(*args)

@@ -30,8 +30,9 @@ def llama(counts):
 
 def test_places_do_not_own_the_table(table):
     shared, head = SharedEmbedding(table), CompressedHead(table, nn.Parameter(torch.zeros(VOCABULARY)))
-    assert [*shared.state_dict()] == []
-    assert [*head.state_dict()] == ["bias"]
+    assert [*shared.state_dict()] == ["weight"]
+    assert [*head.state_dict()] == ["bias", "weight"]
+    assert shared.state_dict()["weight"].numel() == head.state_dict()["weight"].numel() == 0
     assert (shared.num_embeddings, shared.embedding_dim, shared.padding_idx) == (VOCABULARY, 32, 0)
     assert (head.in_features, head.out_features) == (32, VOCABULARY)
     ids = torch.tensor([3, 1])

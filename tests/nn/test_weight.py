@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, close
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization
@@ -62,7 +62,7 @@ def test_what_a_tensor_says_of_itself_decodes_nothing(table, decodings):
     assert torch.zeros_like(weight).shape == weight.new_zeros(VOCABULARY, 32).shape
     assert weight.requires_grad
     assert f"({VOCABULARY}, 32)" in repr(weight)
-    assert weight.data.dtype == weight.detach().dtype == bias.dtype
+    assert weight.detach().dtype == bias.dtype
     assert decodings == []
 
 
@@ -200,7 +200,8 @@ def test_head_and_further_embeddings_show_the_same_weight(packed):
 
 def test_it_is_no_parameter_and_never_saved(table):
     table.weight.sum()
-    assert "weight" not in dict(table.named_parameters()).keys() | table.state_dict().keys()
+    assert "weight" not in dict(table.named_parameters())
+    assert table.state_dict()["weight"].numel() == 0
 
 
 def test_copies_are_plain_tensors(table):
@@ -248,6 +249,17 @@ def test_values_are_decoded_anew_when_something_changed(packed):
     assert not torch.equal(packed.weight, before)
     packed.resize(torch.arange(100), torch.zeros(0, packed.config.ladder[-1]))
     assert packed.weight.shape == packed.weight.clone().shape == (100, 32)
+
+
+@torch.no_grad()
+def test_values_are_decoded_anew_where_averages_are_put_in_place_of_data(packed, ids):
+    """As classes for moving averages do, uncounted by autograd."""
+    packed.eval()
+    before, vectors = packed.weight.clone(), packed(ids)
+    packed.codebook.scale.data.copy_(2 * packed.codebook.scale)
+    packed.codebook.bias.data.mul_(2)
+    assert close(packed.weight.clone(), 2 * before)
+    assert close(packed(ids), 2 * vectors)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -311,9 +323,71 @@ def test_a_detached_weight_has_gradients_of_its_own(packed):
     assert all(parameter.requires_grad for parameter in packed.parameters())
 
 
+def test_its_data_is_a_copy_that_others_may_take(packed, ids):
+    """`other.data = ...` asks no operator: without memory of its own, a look-up in the other would end the process."""
+    data, values = packed.weight.data, packed.weight_values().clone()
+    other = nn.Embedding(VOCABULARY, 32)
+    other.weight.data = packed.weight.data
+    assert torch.equal(other(ids), values[ids])
+    with torch.no_grad():
+        other.weight.zero_()
+    assert torch.equal(packed.weight_values(), values)
+    for write in (data.zero_, data[3].zero_, lambda: data.chunk(2)[1].add_(1), data.share_memory_):
+        with pytest.raises(ValueError, match=r"weight.detach\(\).clone\(\)"):
+            write()
+    assert torch.equal(torch.as_tensor(data.numpy()), values)
+    assert (data.tolist(), type(data + 0)) == (values.tolist(), torch.Tensor)
+
+
+def test_hooks_that_would_not_be_called_are_refused(packed):
+    for hook in ("register_hook", "register_post_accumulate_grad_hook"):
+        with pytest.raises(ValueError, match=r"would not be called.*embedding.parameters\(\)"):
+            getattr(packed.weight, hook)(print)
+    seen = []
+    weight = packed.weight.detach().requires_grad_()
+    weight.register_hook(seen.append)
+    weight.sum().backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sparse_gradients_reach_the_table(packed, sparse):
+    nn.functional.embedding(torch.tensor([3, 3, 5]), packed.weight, sparse=sparse).sum().backward()
+    assert torch.equal(packed.codebook.bias.grad, torch.full((32,), 3.0))
+
+
 def test_its_data_cannot_be_set(packed):
     before = packed.weight_values().clone()
     with pytest.raises(ValueError, match=r"cannot be set.*decompress"):
         packed.weight.data = torch.zeros(VOCABULARY, 32)
     assert torch.equal(packed.weight.data + 0, before)
     assert not packed.weight.data.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_of_one_call_are_those_of_its_gradients(packed, frozen):
+    """As meta-learning has it: a step within a call of the module, and the gradient at its parameters after it."""
+    packed.requires_grad_(not frozen)
+    held = packed.weight  # which others may have read before
+    x = torch.randn(5, 32, requires_grad=True)
+    fast = {name: 2 * value.detach() for name, value in packed.named_parameters()}
+    for value in fast.values():
+        value.requires_grad_()
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = packed
+
+        def forward(self, x, weight):
+            return (x @ (self.table.weight if weight is None else weight).T).square().mean()
+
+    loss = torch.func.functional_call(Scores(), {f"table.{name}": value for name, value in fast.items()}, (x, None))
+    found = torch.autograd.grad(loss, [x, *fast.values()])
+    other = copy.deepcopy(packed).requires_grad_(True)
+    with torch.no_grad():
+        for name, value in other.named_parameters():
+            value.copy_(fast[name])
+    expected = torch.autograd.grad(Scores()(x, other.weight), [x, *other.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    assert packed.weight is held
