@@ -21,13 +21,14 @@ class Graph(nn.Module):
     """A model as a function `(input_ids, attention_mask) -> outputs`, int64 (B, T) both, in eval mode.
 
     A sentence model computes `token_embeddings` (B, T, d) and, pooled and in unit length if it is so, the
-    `sentence_embedding` (B, d), a cross-encoder its `scores`; another model its `logits` or `last_hidden_state`.
+    `sentence_embedding` (B, d); one of several vectors a text the former alone, a cross-encoder its `scores`; another
+    model its `logits` or `last_hidden_state`.
 
     Args:
         model: A transformers model, packed or dense, or one of sentence-transformers. It is copied.
 
     Raises:
-        ValueError: For an encoder with a decoder, and a model without logits and hidden states.
+        ValueError: For an encoder with a decoder, SPLADE's pooling, and a model without logits and hidden states.
     """
 
     @torch.no_grad()
@@ -39,6 +40,11 @@ class Graph(nn.Module):
             raise ValueError(
                 f"{type(inner).__name__} is an encoder and a decoder, whose steps are several graphs, and is not "
                 "exported. An encoder alone is, where it has a class that loads the folder, such as T5EncoderModel"
+            )
+        if any(type(module).__name__ == "SpladePooling" for module in model.modules()):
+            raise ValueError(
+                f"the pooling of a {type(model).__name__} fixes the length of texts in a graph: export its language "
+                "model, export_onnx(model[0].auto_model, folder, model.tokenizer), and pool its logits"
             )
         inner.set_attn_implementation("eager")  # whose graph holds for any shape
         inner.config.use_cache, inner.config.return_dict = False, True
@@ -81,7 +87,8 @@ class Graph(nn.Module):
     def _named(self, found: Mapping[str, Any]) -> tuple[str, ...]:
         if self.sentence and "sentence_embedding" in found:
             return ("token_embeddings", "sentence_embedding")
-        names = tuple(name for name in ("scores", "logits", "last_hidden_state") if isinstance(found.get(name), Tensor))
+        kinds = ("scores", "logits", "last_hidden_state", "token_embeddings")
+        names = tuple(name for name in kinds if isinstance(found.get(name), Tensor))
         if not names:
             raise ValueError(f"{type(self.inner).__name__} returns {sorted(found)}: no logits and no hidden states")
         return names[:1]

@@ -24,6 +24,9 @@ SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 LEARNING = ("observe", "select")
 """Phases before the lengths are frozen."""
 
+LOSS = "loss"
+"""What the logs of training steps hold, and no others."""
+
 BEGUN = "_adacomp_begun"
 """Mark on the state of a training, of which the Trainer makes a new one each time: a callback has begun it."""
 
@@ -33,8 +36,10 @@ class AdaCompCallback(TrainerCallback):
 
     Before each optimizer step it forwards `global_step / max_steps`, by which the embeddings are observed, fitted,
     annealed and then frozen; at the end it packs. It reads no data: what counts is seen where the tables are used.
-    Logs gain `adacomp/temperature`, `adacomp/phase` and, once codes are fitted, `adacomp/bits_per_token` and
-    `adacomp/ratio`.
+    Logs of training steps gain `adacomp/temperature`, `adacomp/phase` and, once codes are fitted,
+    `adacomp/bits_per_token` and `adacomp/ratio`. The Trainer asks the trackers of `report_to` before other callbacks:
+    for them to get these values, name them after this one, `report_to="none"` and `callbacks=[AdaCompCallback(),
+    TensorBoardCallback()]`.
 
     Averages of weights (EMA) begin where `adacomp/phase` is `"encode"`, since a code-book is random until it is
     fitted, and take parameters alone, not buffers.
@@ -118,8 +123,8 @@ class AdaCompCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         embedding = next(iter(compressed_embeddings(kwargs["model"]).values()), None)
-        if embedding is None:  # an evaluation of the dense model; training it would have been refused
-            return
+        if embedding is None or LOSS not in kwargs["logs"]:
+            return  # metrics of an evaluation or of the whole training, which users sum up, save and publish
         values: dict[str, Any] = {"adacomp/temperature": embedding.temperature, "adacomp/phase": embedding.phase}
         if embedding.phase != "observe":  # nothing is compressed until then
             report = size_report(kwargs["model"], settled=True)

@@ -15,7 +15,15 @@ from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
 from .integrity import refuse_training
 from .quantizer import AdaCompHfQuantizer, attach, attach_whole, detach, refuse_quantized
-from .sentence import give_save, put_static_embedding, put_static_model, static_model, take_save
+from .sentence import (
+    give_save,
+    is_sentence_model,
+    put_static_embedding,
+    put_static_model,
+    static_model,
+    take_save,
+    warn_of_static_embeddings,
+)
 from .surgery import Planned, install, plan, refuse_ties_outside
 from .tables import compressed_models, keep_from_broadcasts, named_modules, require_compressed, transformers_models
 
@@ -64,6 +72,12 @@ def compress(
     checked_config(config)
     static = static_model(model)
     inner = [static] if static is not None else transformers_models(model)
+    warn_of_static_embeddings(model)
+    if not inner and is_sentence_model(model):
+        raise ValueError(
+            f"this {type(model).__name__} has neither a transformers model nor begins with a StaticEmbedding. Word "
+            "vectors can be one: SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors)])"
+        )
     if not inner:
         raise ValueError(
             f"compress takes a transformers PreTrainedModel, or an object that holds one; got {type(model).__name__}. "

@@ -7,6 +7,7 @@ their lengths, and is saved and loaded by stock classes.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from importlib import import_module
 from tempfile import TemporaryDirectory
@@ -20,10 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from ..nn.static import StaticConfig, StaticModel
 from .methods import bind, describe
-from .tables import transformers_models
+from .tables import compressed_embeddings, transformers_models
+
+logger = logging.getLogger(__name__)
 
 MODULES = ("sentence_transformers.sentence_transformer.modules", "sentence_transformers.models")
 """Where releases of sentence-transformers have the classes of modules, the newest first."""
+
+STATIC = "StaticEmbedding"
 
 PAD = "<|pad|>"
 """Fills up the shorter texts of a batch; no vector of it is used."""
@@ -38,7 +43,7 @@ def is_sentence_model(model: Any) -> bool:
 
 def static_model(model: Any) -> StaticModel | None:
     """The table of a sentence model that begins with a `StaticEmbedding`, shared, as a transformers model."""
-    if not is_sentence_model(model) or type(model[0]).__name__ != "StaticEmbedding":
+    if not is_sentence_model(model) or type(model[0]).__name__ != STATIC:
         return None
     weight = model[0].embedding.weight
     with torch.device("meta"):
@@ -46,6 +51,14 @@ def static_model(model: Any) -> StaticModel | None:
     static.embed_tokens.weight = weight
     static.train(model.training)
     return static
+
+
+def warn_of_static_embeddings(model: Any) -> None:
+    """Warn of `StaticEmbedding`s within the modules of a sentence model, such as a `Router`'s: they stay dense."""
+    if is_sentence_model(model):
+        for name, module in model.named_modules():
+            if type(module).__name__ == STATIC and name != "0":
+                logger.warning("the StaticEmbedding %r stays dense: compress it in a model of its own", name)
 
 
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
@@ -95,6 +108,13 @@ def put_static_embedding(model: Any) -> None:
 
 def save(model: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """`SentenceTransformer.save`; a packed model's own card gets our part."""
+    known = [table for one in transformers_models(model) for table in compressed_embeddings(one).values()]
+    for name, table in compressed_embeddings(model).items():
+        if not any(table is one for one in known):
+            raise ValueError(
+                f"{name} is a compressed table outside of a transformers model, which sentence-transformers would save "
+                "so that it cannot be loaded: put embedding.to_embedding() in its place"
+            )
     given = inspect.signature(type(model).save).bind(model, path, *args, **kwargs).arguments
     type(model).save(model, path, *args, **kwargs)
     if given.get("create_model_card", True):

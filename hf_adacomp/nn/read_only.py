@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import torch_compat
 
 LOST = (
-    "is decoded from codes, so that a change would be lost, and cannot be tied to another. A copy of your own: "
-    "weight.detach().clone(). New tokens: hf_adacomp.add_tokens(model, n, vectors=...). To change others: "
-    "decompress(pack(model)), change the dense table, compress it again"
+    "is decoded from codes, so that a change would be lost, and cannot be tied to another (losses that tie have a "
+    "switch for it). A copy of your own: weight.detach().clone(). New tokens: hf_adacomp.add_tokens(model, n, "
+    "vectors=...). To change others: decompress(pack(model)), change the dense table, compress it again"
 )
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_bert_config
+from conftest import VOCABULARY, tiny_bert_config, word_tokenizer
+from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -40,6 +41,19 @@ def test_the_model_is_left_as_it_is(bert):
     Graph(bert.train())
     assert bert.training
     assert bert.config._attn_implementation == attention
+
+
+def test_texts_of_several_vectors_have_those_of_their_tokens(tmp_path):
+    BertModel(tiny_bert_config()).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    assert Graph(MultiVectorEncoder(str(tmp_path), device="cpu")).outputs == ("token_embeddings",)
+
+
+def test_a_pooling_that_fixes_the_length_is_refused(tmp_path):
+    BertForMaskedLM(tiny_bert_config()).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"SparseEncoder fixes the length.* export_onnx\(model\[0\].auto_model"):
+        Graph(SparseEncoder(str(tmp_path), device="cpu"))
 
 
 def test_several_graphs_are_refused():

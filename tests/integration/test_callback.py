@@ -94,6 +94,27 @@ def test_logs_reach_the_history(tmp_path):
         assert LENGTHS[0] <= entry["adacomp/bits_per_token"] <= LENGTHS[-1]
 
 
+def test_metrics_are_what_they_are_without_the_callback(tmp_path):
+    """Searches of hyperparameters sum them up; reports and cards print them."""
+    trainer = new_trainer(new_model(), tmp_path, max_steps=4)
+    found = [*trainer.train().metrics, *trainer.evaluate(), *trainer.state.log_history[-1]]
+    assert "eval_loss" in found
+    assert not [name for name in found if name.startswith("adacomp/")]
+
+
+def test_trackers_that_come_after_it_get_its_values(tmp_path):
+    class Tracker(TrainerCallback):
+        seen = ()
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.seen = (*self.seen, *logs)
+
+    trainer, tracker = new_trainer(new_model(), tmp_path, max_steps=4), Tracker()
+    trainer.add_callback(tracker)
+    trainer.train()
+    assert tracker.seen.count("adacomp/temperature") == 4
+
+
 @pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 5}, {"bf16": True}, {"max_steps": 1}])
 def test_trainer_settings_that_must_not_matter(tmp_path, settings):
     model = new_model()

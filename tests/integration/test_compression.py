@@ -274,6 +274,20 @@ def test_two_parts_of_a_whole_that_was_never_packed_are_told_of(config, counts, 
         EncoderDecoderModel.from_pretrained(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_table_that_users_put_in_is_saved_by_pack_and_else_not_lost(whole, bert, config, counts, ids, tmp_path):
+    """A model that knows nothing of it would load at random, after a report."""
+    table = AdaptiveCompressedEmbedding.from_embedding(bert.get_input_embeddings(), config, counts)
+    bert.set_input_embeddings(table)
+    pack(bert) if whole else table.pack()
+    bert.eval().save_pretrained(tmp_path)
+    if whole:
+        assert close(type(bert).from_pretrained(tmp_path)(ids).logits, bert(ids).logits)
+    else:
+        with pytest.raises(RuntimeError):
+            type(bert).from_pretrained(tmp_path)
+
+
 def test_parts_of_different_settings_are_told_of(counts, config):
     whole = EncoderDecoderModel(
         encoder=BertModel(tiny_bert_config()),

@@ -23,7 +23,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 import hf_adacomp
-from hf_adacomp import AdaCompCallback, AdaCompConfig, calibrate, compress, decompress, pack, size_report, token_table
+from hf_adacomp import (
+    AdaCompCallback,
+    AdaCompConfig,
+    AdaptiveCompressedEmbedding,
+    calibrate,
+    compress,
+    decompress,
+    pack,
+    size_report,
+    token_table,
+)
 from hf_adacomp.cli import main
 from hf_adacomp.integration.sentence import is_sentence_model, static_model, tokenizer_of
 from hf_adacomp.integration.tables import transformers_models
@@ -187,6 +197,24 @@ def test_several_models_in_one_object_are_all_compressed_or_none(encoder, counts
         compress(pair, settings())
     assert [type(inner.get_input_embeddings()) for inner in transformers_models(pair)] == [torch.nn.Embedding] * 2
     assert not hasattr(pair.first.config, "quantization_config")
+
+
+def test_static_embeddings_of_a_route_stay_dense_and_are_told_of(encoder, static, counts, caplog):
+    routed = SentenceTransformer(modules=[Router.for_query_document([static[0]], [*encoder])], device="cpu")
+    compress(routed, AdaCompConfig((4, 8, 28), target_ratio=8), counts)
+    assert "'0.sub_modules.query.0' stays dense" in caplog.text
+
+
+def test_tables_that_the_library_cannot_load_are_not_saved(static, counts, tmp_path):
+    model = SentenceTransformer(modules=[Router.for_query_document([static[0]], [static[0]])], device="cpu")
+    with pytest.raises(ValueError, match="neither a transformers model nor begins with a StaticEmbedding"):
+        compress(model, AdaCompConfig((4, 8, 28), target_ratio=8))
+    inner = model[0].sub_modules["query"][0]
+    inner.embedding = AdaptiveCompressedEmbedding.from_embedding(
+        inner.embedding, AdaCompConfig((4, 8, 28), target_ratio=8), counts
+    )
+    with pytest.raises(ValueError, match=r"query.0.embedding is a compressed table outside of a transformers model"):
+        pack(model).save(str(tmp_path))
 
 
 def test_what_holds_no_model_is_refused():
