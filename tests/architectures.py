@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 import transformers as t
 from conftest import VOCABULARY
 from transformers.models.gemma import modeling_gemma
+
+from hf_adacomp import AdaCompConfig, compress, pack
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -86,3 +89,15 @@ UNTIED: dict[str, Callable[[], t.PreTrainedModel]] = {
 }
 SCALES = {"gemma3": 32**0.5, "bart": 32**0.5, "m2m100": 32**0.5, "paligemma": 32**0.5}
 """Factors that the model's embedding applies; 1 for all others."""
+
+
+def packed(name, counts, **changes):
+    """A model of `TIED`, packed."""
+    config = AdaCompConfig(**{"code_lengths": (4, 8, 32), "target_ratio": 3, "codebook_dtype": "int8", **changes})
+    return pack(compress(TIED[name]().eval(), config, counts)).eval()
+
+
+def logits(model, ids):
+    """What a model says to ids, which it reads and, as a decoder, writes."""
+    with torch.no_grad():
+        return model(ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})).logits

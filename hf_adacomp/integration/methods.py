@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from .. import transformers_compat
 from ..nn.reading import WeightFromCodes
+from .resizing import resized_embeddings
 from .tables import compressed_embeddings, input_embeddings, model_parts
-from .vocabulary import resized_embeddings
 
 logger = logging.getLogger(__name__)
 

@@ -6,32 +6,25 @@ from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .. import transformers_compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
-from ..nn.head import CompressedHead
 from ..nn.reading import WeightFromCodes
-from ..nn.sharing import SharedEmbedding
 from ..nn.static import StaticModel
 from .new_codes import codes_for
+from .resizing import LOGITS_BIAS, packed_tables, resize
 from .tables import (
     compressed_embeddings,
-    compressed_heads,
     compressed_model,
     input_embeddings,
     model_parts,
-    require_compressed,
     token_tables,
 )
-from .token_ids import follow_tokens, refuse_dropped
 
 Model = TypeVar("Model", bound=Any)
-
-LOGITS_BIAS = "final_logits_bias"
-"""Of shape (1, V), of Bart and its kin."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -135,7 +128,7 @@ def keep_tokens(model: Model, tokens: int | Sequence[int] | Tensor) -> Model:
             )
     if not prefix:
         codes = [codes_for(embedding, 0, None) for embedding in tables]
-        _resize(inner, tables, kept.to(device, torch.int64), codes)
+        resize(inner, tables, kept.to(device, torch.int64), codes)
     _resize_to(inner, len(kept))
     return model
 
@@ -147,7 +140,7 @@ def _resizable(model: Any) -> tuple[PreTrainedModel, list[AdaptiveCompressedEmbe
             f"{type(model).__name__} is not compressed: model.resize_token_embeddings(n) changes a dense vocabulary"
         )
     inner = compressed_model(model)
-    tables = _packed_tables(inner)
+    tables = packed_tables(inner)
     knowing = (part for _, part in model_parts(inner) if input_embeddings(part) is not None)
     return next((part for part in knowing if {*tables} <= {*token_tables(part).values()}), inner), tables
 
@@ -181,115 +174,3 @@ def _positions_start_at(model: PreTrainedModel, padding: int) -> bool:
     """Whether a module that makes positions knows the padding token's id, as RoBERTa's, whose positions follow it."""
     others = (module for module in model.modules() if not isinstance(module, (PreTrainedModel, WeightFromCodes)))
     return any(getattr(module, "padding_idx", None) == padding for module in others)
-
-
-def resized_embeddings(
-    model: PreTrainedModel,
-    old_embeddings: nn.Module,
-    new_num_tokens: int | None = None,
-    pad_to_multiple_of: int | None = None,
-    mean_resizing: bool = True,
-) -> nn.Module:
-    """What `resize_token_embeddings` asks for resized embeddings; new vectors are near the mean in any case."""
-    if isinstance(old_embeddings, SharedEmbedding):
-        raise ValueError(
-            f"{type(model).__name__} shares its token table with another part of its model: resize the whole model"
-        )
-    if not isinstance(old_embeddings, AdaptiveCompressedEmbedding):
-        return transformers_compat.resized_embeddings(
-            model, old_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing
-        )
-    before = old_embeddings.num_embeddings
-    total = before if new_num_tokens is None else new_num_tokens
-    if pad_to_multiple_of is not None:
-        total = -(-total // pad_to_multiple_of) * pad_to_multiple_of
-    if total < 1:
-        raise ValueError(f"a vocabulary has at least one token; got {total}")
-    if total != before:
-        tables = _packed_tables(model)
-        further = not any(old_embeddings is table for table in tables)  # a second table by token, as Gemma3n's
-        if further:
-            tables = [old_embeddings]
-        codes = [codes_for(embedding, max(0, total - before), None) for embedding in tables]
-        kept = torch.arange(min(before, total), device=codes[0].device)
-        if further:
-            old_embeddings.resize(kept, codes[0])
-        else:
-            _resize(model, tables, kept, codes)
-    return old_embeddings
-
-
-def _packed_tables(model: PreTrainedModel) -> list[AdaptiveCompressedEmbedding]:
-    """The packed tables of token vectors, all of one vocabulary."""
-    found = token_tables(model)
-    if not found:
-        raise ValueError(
-            f"no table of token vectors is compressed in the {type(model).__name__}, only "
-            f"{[*require_compressed(model)]}: model.resize_token_embeddings(n) changes a dense one"
-        )
-    for name, embedding in found.items():
-        if embedding.phase != "packed":
-            raise ValueError(
-                f"the vocabulary of {name!r} cannot change while its codes are trained: change it before compress, or "
-                "pack(model) first"
-            )
-    sizes = {name: embedding.num_embeddings for name, embedding in found.items()}
-    if len({*sizes.values()}) > 1:
-        raise ValueError(
-            f"{type(model).__name__} has compressed tables of several vocabularies, {sizes}: they are fixed"
-        )
-    return [*found.values()]
-
-
-def _resize(
-    model: PreTrainedModel, tables: list[AdaptiveCompressedEmbedding], kept: Tensor, new_codes: list[Tensor]
-) -> None:
-    before, total = tables[0].num_embeddings, len(kept) + len(new_codes[0])
-    places = dict.fromkeys(range(before)) | {token: place for place, token in enumerate(kept.tolist())}
-    refuse_dropped(model, places)
-    for embedding, codes in zip(tables, new_codes, strict=True):
-        embedding.resize(kept, codes)
-    heads: list[CompressedHead | nn.Linear] = [
-        head for head in compressed_heads(model).values() if head.embedding in tables
-    ]
-    output = model.get_output_embeddings()
-    if isinstance(output, nn.Linear):  # with weights of its own
-        heads.append(output)
-    for head in heads:
-        if isinstance(head, nn.Linear):
-            head.out_features = total
-        for parameter in [*head.parameters()]:
-            _replace(model, parameter, kept, total)
-    if output in heads:
-        model.set_output_embeddings(output)  # models have further places for its bias
-    if isinstance(model, StaticModel) and model.config.gains:
-        model.store_gains(_resized(model.gain(torch.arange(before)), kept, total))
-    logits_bias: Tensor | None = getattr(model, LOGITS_BIAS, None)
-    if logits_bias is not None:
-        model.register_buffer(LOGITS_BIAS, _resized(logits_bias.T, kept, total).T)
-    for _, part in model_parts(model):
-        if getattr(part, "vocab_size", None) == before:  # which some losses and routers read
-            part.vocab_size = total
-    text_config = model.config.get_text_config()
-    text_config.vocab_size = total
-    if hasattr(text_config, "decoder_vocab_size"):
-        text_config.decoder_vocab_size = total
-    follow_tokens(model, places)
-
-
-def _replace(model: nn.Module, old: nn.Parameter, kept: Tensor, total: int) -> None:
-    new = nn.Parameter(_resized(old, kept, total), old.requires_grad)
-    for module in model.modules():
-        for name, value in [*module.named_parameters(recurse=False)]:
-            if value is old:
-                setattr(module, name, new)
-
-
-@torch.no_grad()
-def _resized(rows: Tensor, kept: Tensor, total: int) -> Tensor:
-    """Rows of kept tokens, and the mean for those that have none: new ones, and where a head knows fewer tokens."""
-    resized = rows.mean(dim=0, keepdim=True).repeat(total, *[1] * (rows.dim() - 1))
-    kept = kept.to(rows.device)
-    known = (kept < len(rows)).nonzero().squeeze(1)
-    resized[known] = rows[kept[known]]
-    return resized
