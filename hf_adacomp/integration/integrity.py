@@ -16,6 +16,10 @@ from ..nn.head import CompressedHead
 from .tables import token_tables
 
 
+ADAPTERS_COPY = "modules_to_save"
+"""Where PEFT keeps a module that an adapter trains as a whole."""
+
+
 def refuse_replaced(
     model: PreTrainedModel,
     embeddings: Mapping[str, AdaptiveCompressedEmbedding],
@@ -27,6 +31,11 @@ def refuse_replaced(
             f"the compressed table of {type(model).__name__} was replaced, by a "
             f"{type(model.get_input_embeddings()).__name__}: to have a plain model, decompress(model) first, then put "
             "other embeddings in"
+        )
+    if copies := [name for name in embeddings if ADAPTERS_COPY in name.split(".")]:
+        raise ValueError(
+            f"{copies[0]} is an adapter's copy of the table, and would be saved under that name: save the adapter by "
+            "itself, or merge_and_unload() it and save the model that this returns"
         )
     for name, head in heads.items():
         if not any(head.embedding is table for table in embeddings.values()):

@@ -125,6 +125,8 @@ def test_a_table_that_peft_trains_a_copy_of_is_read_by_the_head(counts, ids, tmp
     adapter = adapted(model, ids, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     expected = adapter(ids).logits
     assert not torch.allclose(before, expected, atol=1e-3)
+    with pytest.raises(ValueError, match=r"modules_to_save.default is an adapter's copy .* merge_and_unload\(\)"):
+        adapter.base_model.model.save_pretrained(tmp_path)
     merged = adapter.merge_and_unload()
     assert merged.lm_head.embedding is merged.get_input_embeddings()
     assert close(merged(ids).logits, expected)
