@@ -15,7 +15,6 @@ from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from .tables import token_tables
 
-
 ADAPTERS_COPY = "modules_to_save"
 """Where PEFT keeps a module that an adapter trains as a whole."""
 

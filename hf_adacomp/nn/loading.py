@@ -37,18 +37,19 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
         )
     stored = {form for form in ("packed", "training_state") for key in state_dict if key.startswith(f"{prefix}{form}.")}
     learning = table.training_state is not None
-    if "packed" in stored and (table.anew or not learning):
-        _make_room(table, state_dict, prefix, errors)
-    elif stored and ("packed" in stored) == learning:
+    fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
+    cast = sorted(key for key in fixed & {*state_dict} if state_dict[key].is_floating_point())
+    if stored and ("packed" in stored) == learning and not (learning and table.anew):
         forms = ("packed", "training") if learning else ("training", "packed")
         errors.append(
             f"{name}: the checkpoint holds the {forms[0]} form of the compressed table, the model is in its {forms[1]} "
             "form: load the checkpoint with from_pretrained instead. In a module of your own, put a new "
             "AdaptiveCompressedEmbedding(num_embeddings, embedding_dim, config) in its place first"
         )
-    fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
-    if not errors and (cast := sorted(key for key in fixed & {*state_dict} if state_dict[key].is_floating_point())):
+    elif cast:
         errors.append(f"{cast[0]} is {state_dict[cast[0]].dtype}: codes are integers and cannot be averaged or cast")
+    elif "packed" in stored:
+        _make_room(table, state_dict, prefix, errors)
 
 
 def seal_again(table: Any, _: Any) -> None:

@@ -146,8 +146,9 @@ class TrainingState(nn.Module):
         """Warn if there is nothing to measure directions by."""
         if self.observation.measuring and not self.observation.moments.any():
             logger.warning(
-                "no gradient reached the table while it was observed: no direction was measured%s. Pass token_counts "
-                "to compress(), and AdaCompConfig(significance=False) if no gradient is to reach it",
+                "no gradient reached the table while it was observed: no direction was measured%s. If it was in eval "
+                "mode, call train() first. If no gradient is to reach it, pass token_counts to compress(), and "
+                "AdaCompConfig(significance=False)",
                 ", and no token counted" if self.observation.counting else "",
             )
 
