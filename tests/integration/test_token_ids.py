@@ -1,18 +1,13 @@
+from dataclasses import is_dataclass
+
 import pytest
 import torch
 from architectures import packed
 from conftest import VOCABULARY
-from transformers import (
-    MllamaForCausalLM,
-    MllamaTextConfig,
-)
+from transformers import MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from hf_adacomp import (
-    AdaCompConfig,
-    compress,
-    keep_tokens,
-    pack,
-)
+from hf_adacomp import AdaCompConfig, compress, keep_tokens, pack
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 SETTINGS = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
@@ -57,6 +52,8 @@ def test_configs_that_must_have_a_token_are_asked_first(counts):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = MllamaTextConfig(vocab_size=VOCABULARY, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, **sizes)
     tables = torch.cat([counts, counts[:8]])  # eight more rows, for images
+    if not is_dataclass(config):
+        pytest.skip("configs of older releases take any value")
     model = pack(compress(MllamaForCausalLM(config).eval(), SETTINGS, tables))
     with pytest.raises(ValueError, match=r"that MllamaTextConfig must have: keep it, too.*bos_token_id"):
         keep_tokens(model, [0, 5, 6])

@@ -3,22 +3,9 @@ import pytest
 import torch
 from architectures import TIED, logits, packed
 from conftest import LENGTHS, VOCABULARY, close, same_state
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, RobertaConfig, RobertaModel
 
-from hf_adacomp import (
-    AdaCompConfig,
-    add_tokens,
-    compress,
-    keep_tokens,
-    pack,
-)
+from hf_adacomp import AdaCompConfig, add_tokens, compress, keep_tokens, pack
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 SETTINGS = AdaCompConfig((4, 8, 32), target_ratio=3, codebook_dtype="int8")
