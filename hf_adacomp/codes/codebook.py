@@ -64,11 +64,12 @@ class Encoder(NamedTuple):
 
     def encode_each(self, x: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """The same in codes of each vector's own length, at most the longest: (N, d), (N,) -> (N, longest), then 0."""
-        bits = x.new_zeros(len(x), longest)
-        for length in lengths.unique().tolist():
-            own = (lengths == length).nonzero().squeeze(1)
-            bits = bits.index_copy(0, own, F.pad(self.encode(x[own], length), (0, longest - length)))
-        return bits
+        with torch.autocast(x.device.type, enabled=False):  # it cannot mix two half precisions
+            bits = x.new_zeros(len(x), longest)
+            for length in lengths.unique().tolist():
+                own = (lengths == length).nonzero().squeeze(1)
+                bits = bits.index_copy(0, own, F.pad(self.encode(x[own], length), (0, longest - length)))
+            return bits
 
 
 class BinaryCodebook(torch_compat.KeptBuffers):

@@ -109,6 +109,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "set_input_embeddings": set_input_embeddings,
     "get_submodule": get_submodule,
     "save_pretrained": save_pretrained,
+    "half": nn.Module.half,  # which transformers refuses to quantized models, and `to(torch.float16)` not
+    "float": nn.Module.float,
     transformers_compat.UPLOAD_FILES: upload_files,
 }
 

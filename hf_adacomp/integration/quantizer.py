@@ -36,7 +36,9 @@ from .tables import (
     keep_from_broadcasts,
     matching_table,
     model_parts,
+    say_tied,
     transformers_models,
+    untied_heads,
 )
 
 
@@ -127,6 +129,8 @@ class AdaCompHfQuantizer(HfQuantizer):
                     f"config.tie_word_embeddings is False, but the output head {name!r} is tied to the compressed "
                     "table: set it to True, or compress with AdaCompConfig(head='dense')"
                 )
+        for linear in untied_heads(model).values():  # which the layout unties; PEFT says that the config does
+            say_tied(model, linear, True)
         state: Mapping[str, Tensor] = model.state_dict() if self.given_state is None else self.given_state
         for name, embedding in embeddings.items():
             refuse_unfinished(name, embedding)

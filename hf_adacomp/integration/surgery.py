@@ -17,9 +17,9 @@ from .tables import (
     DenseTable,
     compressed_embeddings,
     dense_tables,
-    holder,
     model_parts,
     named_modules,
+    say_tied,
     transformers_models,
     untied_heads,
 )
@@ -98,7 +98,7 @@ def put(model: PreTrainedModel, table: DenseTable, embedding: AdaptiveCompressed
         if head == "compress":
             replace_module(model, linear, CompressedHead(place, linear.bias).train(linear.training))
         else:
-            linear.weight = _copy(linear.weight)
+            linear.weight, embedding.head_untied = _copy(linear.weight), True
 
 
 def take_out(model: PreTrainedModel) -> None:
@@ -123,8 +123,7 @@ def take_out(model: PreTrainedModel) -> None:
         replace_module(model, embedding, dense)
     if untied:
         for head in untied.values():
-            config = holder(model, head).config
-            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+            say_tied(model, head, False)
             # Its bias may be tied to another name of the same parameter, too.
             if head.bias is not None:
                 head.bias = _copy(head.bias)

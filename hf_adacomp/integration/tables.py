@@ -131,11 +131,18 @@ def config_ties(model: PreTrainedModel, head: nn.Module) -> bool:
     return bool(getattr(holder(model, head).config, "tie_word_embeddings", False))
 
 
+def say_tied(model: PreTrainedModel, head: nn.Module, tied: bool) -> None:
+    """Have the config ask for this output head to be tied, or not."""
+    config = holder(model, head).config
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
+
+
 def untied_heads(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Output heads that were tied to a table which has been compressed, and now keep weights of their own."""
-    shapes = {(table.num_embeddings, table.embedding_dim) for table in compressed_embeddings(model).values()}
+    tables = [table for table in compressed_embeddings(model).values() if table.head_untied]
+    shapes = {(table.num_embeddings, table.embedding_dim) for table in tables}
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or tuple(head.weight.shape) not in shapes or not config_ties(model, head):
+    if not isinstance(head, nn.Linear) or tuple(head.weight.shape) not in shapes:
         return {}
     return {name: head for name, module in model.named_modules() if module is head}
 

@@ -37,6 +37,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
 
     max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
     anew = False  # whether the table is random: nothing is lost if it becomes one that was packed
+    head_untied = False  # whether an output head that shared the dense table keeps weights of its own
     sealed: dict[str, int] | None = None  # `checksums` when it was packed, loaded or resized
 
     def __init__(self, source: Tensor, config: AdaCompConfig, padding_idx: int | None) -> None:
@@ -195,11 +196,11 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
     def become_packed(self, packed: PackedCodes) -> None:
         """Drop what only training needs, with these codes to be read from now on."""
         self.codebook.pack()
-        self.training_state, self.packed = None, packed
+        self.training_state, self.packed = None, packed.train(self.training)
 
     def resize(self, kept: Tensor, new_codes: Tensor) -> None:
         """Keep tokens of a packed table, int64 (K,), in that order; append some with centred bits (N, L)."""
-        self.packed = self.require_packed().resized(kept, new_codes)
+        self.packed = self.require_packed().resized(kept, new_codes).train(self.training)
         self.num_embeddings = self.packed.num_tokens
         if self.padding_idx is not None:
             ids = kept.tolist()

@@ -201,9 +201,9 @@ class TrainingState(nn.Module):
         ladder = torch.tensor(self.config.ladder, device=self.assignment.device)
         if self.phase == "encode" and (used := int(ladder[self.assignment.long()].sum())) > budget:
             raise ValueError(
-                f"target_ratio={self.config.target_ratio:g} leaves {budget} bits for codes, but the lengths of the "
-                f"checkpoint, which are frozen, take {used}: resume with the target_ratio it was trained with, or "
-                "start anew"
+                f"target_ratio={self.config.target_ratio:g} leaves {budget} bits for codes, but the lengths, which are "
+                f"frozen, take {used}. Of a checkpoint: resume with the target_ratio it was trained with, or start "
+                "anew. If the model was cast since, which makes bias and scales larger: cast it back"
             )
 
     def validate(self, name: str) -> None:

@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import pytest
+import torch
 from conftest import VOCABULARY, close
 from safetensors.torch import load_model, save_model
 
@@ -29,6 +30,13 @@ def test_packed_models_save_with_a_card(bert, config, counts, tmp_path, written)
     bert.save_pretrained(tmp_path / "second", is_main_process=False)
     bert.save_pretrained(tmp_path / "third", False)
     assert written == [str(tmp_path / "packed")]
+
+
+@pytest.mark.parametrize("cast", ["half", "float"])
+def test_loaded_models_are_cast_as_others_are(packed_bert, tmp_path, cast):
+    packed_bert.save_pretrained(tmp_path)
+    loaded = getattr(type(packed_bert).from_pretrained(tmp_path), cast)()
+    assert loaded.dtype == loaded.get_input_embeddings().weight.dtype == getattr(torch, cast)
 
 
 def test_methods_and_tags_come_and_go(bert):

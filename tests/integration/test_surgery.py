@@ -1,10 +1,11 @@
 import pytest
 import torch
 from architectures import TIED, UNTIED
-from conftest import VOCABULARY
+from conftest import VOCABULARY, close
 from torch import nn
 
-from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, decompress, size_report
+from hf_adacomp import pack as pack_model
 from hf_adacomp.integration import surgery
 from hf_adacomp.integration.surgery import plan, replace_module, take_out
 from hf_adacomp.integration.tables import compressed_embeddings, dense_tables
@@ -118,6 +119,19 @@ def test_taking_out_keeps_a_dense_head_and_unties_the_config(counts):
     assert model.config.tie_word_embeddings is False
     assert tied_weights(model) == {}
     assert head.bias is not model.cls.predictions.bias
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_a_head_that_was_untied_is_known_whatever_the_config_says(name, counts, ids, tmp_path):
+    """PEFT's merge finds two weights and notes in the config that they are not tied."""
+    model = pack_model(compress(TIED[name]().eval(), settings(head="dense"), counts))
+    size, before = size_report(model).head_bytes, model(ids).logits
+    model.config.tie_word_embeddings = False
+    assert size_report(model).head_bytes == size > 0
+    model.save_pretrained(tmp_path / "packed")
+    assert close(type(model).from_pretrained(tmp_path / "packed")(ids).logits, before)
+    decompress(model).save_pretrained(tmp_path / "plain")
+    assert close(type(model).from_pretrained(tmp_path / "plain")(ids).logits, before)
 
 
 def test_configs_inside_of_the_config_are_untied_along_with_it(counts):

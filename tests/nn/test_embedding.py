@@ -185,6 +185,14 @@ def test_bits_do_not_depend_on_autocast(embedding, ids):
         assert torch.equal(embedding(ids), plain)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_a_half_precision_table_runs_under_autocast_of_the_other(embedding, ids, dtypes):
+    embedding.freeze_lengths()
+    plain = embedding.to(dtypes[0]).eval()(ids)
+    with torch.autocast("cpu", dtypes[1]):
+        assert torch.equal(embedding(ids), plain)
+
+
 @phases
 def test_codes_are_the_bits_that_make_the_vector_of_the_token(embedding, phase):
     to_phase(embedding, phase).eval()
