@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .. import torch_compat
@@ -77,7 +76,7 @@ class ReadOnlyCopy(ReadOnly):
 
     @staticmethod
     def __new__(cls, values: Tensor) -> ReadOnlyCopy:
-        copy: ReadOnlyCopy = torch.Tensor._make_subclass(cls, values)
+        copy = values.as_subclass(cls)
         copy._held = values
         return copy
 

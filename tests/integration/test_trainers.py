@@ -246,7 +246,7 @@ def test_size_changed_after_the_freeze_is_refused(rows, tmp_path):
         for ratio in (32, 44)
     )
     trainer(first, tmp_path, rows, save_strategy="steps", save_steps=5).train()
-    with pytest.raises(ValueError, match=r"target_ratio=44 leaves .* lengths of the checkpoint, which are frozen"):
+    with pytest.raises(ValueError, match=r"target_ratio=44 leaves .* but the lengths, which are frozen, take"):
         trainer(second, tmp_path, rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 

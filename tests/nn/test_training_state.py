@@ -92,7 +92,7 @@ def test_frozen_lengths_stay_and_must_fit(state):
     assert torch.equal(state.assignment, frozen)
     assert state.hard_assignment(BUDGET)[1] == 0
     state.freeze(BUDGET)
-    with pytest.raises(ValueError, match=r"target_ratio=32 leaves 2048 bits .* frozen, take \d+. Of a checkpoint: resume with"):
+    with pytest.raises(ValueError, match=r"target_ratio=32 leaves 2048 bits .* frozen, take \d+. .*: resume with"):
         state.freeze(4 * VOCABULARY)
 
 
