@@ -34,6 +34,7 @@ class Table(Protocol):
 
     num_embeddings: int
     embedding_dim: int
+    loading: bool
 
     def weight_values(self) -> Tensor:
         """All vectors, (V, d), without gradients."""
@@ -134,6 +135,8 @@ class DecodedWeight(ReadOnly):
     @property
     def data(self) -> Tensor:
         """A copy without gradients, which is not to be written to; not to be set."""
+        if self._table.loading:  # models initialise it before there are codes
+            return self.detach()
         return ReadOnlyCopy(self._make().clone())
 
     @data.setter

@@ -186,6 +186,12 @@ def test_initialisation_of_transformers_passes_over_it(packed):
     assert torch.equal(packed.weight_values(), before)
 
 
+def test_initialisation_of_models_looks_at_data_before_there_are_codes(packed, decodings):
+    packed.loading = True
+    initialization.zeros_(packed.weight.data[0])
+    assert decodings == []
+
+
 def test_freezing_the_weight_freezes_the_table(table):
     table.weight.requires_grad = False
     assert not any(parameter.requires_grad for parameter in table.parameters())
