@@ -37,9 +37,14 @@ def set_card_writer(write: Callable[..., object]) -> None:
     _write_card = write
 
 
+def arguments_of(model: Any, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What a method of the class of `model` is given by a call, by the names of its parameters."""
+    return inspect.signature(getattr(type(model), method)).bind(model, *args, **kwargs).arguments
+
+
 def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """`PreTrainedModel.save_pretrained`; a packed model's folder gets a model card, too."""
-    given = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
+    given = arguments_of(model, "save_pretrained", save_directory, *args, **kwargs)
     quantizer = transformers_compat.quantizer_of(model)
     quantizer.given_state = given.get("state_dict")  # which stock code passes over
     try:

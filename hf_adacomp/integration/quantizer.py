@@ -209,26 +209,28 @@ def attach_whole(model: Any) -> None:
         ValueError: For parts of different settings, since a config has room for one; for a table that the whole ties.
     """
     for whole in transformers_models(model):
+        if transformers_compat.quantizer_of(whole) is not None:
+            continue
+        tables = compressed_embeddings(whole)
         quantizers = [transformers_compat.quantizer_of(part) for _, part in model_parts(whole)]
         ours = [quantizer for quantizer in quantizers if isinstance(quantizer, AdaCompHfQuantizer)]
-        tables = compressed_embeddings(whole).values()
-        ours = ours or [AdaCompHfQuantizer(table.settings, pre_quantized=False) for table in tables]
-        if not ours or transformers_compat.quantizer_of(whole) is not None:
+        ours = ours or [AdaCompHfQuantizer(table.settings, pre_quantized=False) for table in tables.values()]
+        if not ours:
             continue
-        weights = {f"{name}.weight" for name in (*compressed_embeddings(whole), *compressed_heads(whole))}
+        weights = {f"{name}.weight" for name in (*tables, *compressed_heads(whole))}
         for pair in transformers_compat.tied_weights(whole).items():
             if len(weights.intersection(pair)) == 1:
                 raise ValueError(
                     f"{type(whole).__name__} ties {pair[0]!r} to {pair[1]!r}, of which one was compressed with a part "
                     "of the model: compress the whole"
                 )
-        transformers_compat.forget_ties(whole, "", weights)
         seals = [{name: getattr(one.quantization_config, name) for name in SEALED_SETTINGS} for one in ours]
         if any(seal != seals[0] for seal in seals):
             raise ValueError(
                 f"parts of the {type(whole).__name__} are compressed with different settings, {seals}, and its config "
                 "has room for one: compress the whole model, or its parts alike"
             )
+        transformers_compat.forget_ties(whole, "", weights)
         attach(whole, ours[0])
 
 

@@ -6,7 +6,6 @@ their lengths, and is saved and loaded by stock classes.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from importlib import import_module
@@ -20,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..nn.static import StaticConfig, StaticModel
-from .methods import bind, describe
+from .methods import arguments_of, bind, describe
 from .tables import compressed_embeddings, transformers_models
 
 logger = logging.getLogger(__name__)
@@ -115,9 +114,8 @@ def save(model: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) ->
                 f"{name} is a compressed table outside of a transformers model, which sentence-transformers would save "
                 "so that it cannot be loaded: put embedding.to_embedding() in its place"
             )
-    given = inspect.signature(type(model).save).bind(model, path, *args, **kwargs).arguments
     type(model).save(model, path, *args, **kwargs)
-    if given.get("create_model_card", True):
+    if arguments_of(model, "save", path, *args, **kwargs).get("create_model_card", True):
         describe(model, path)
 
 

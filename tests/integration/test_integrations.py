@@ -5,7 +5,7 @@ import copy
 import onnxruntime
 import pytest
 import torch
-from architectures import TIED, UNTIED
+from architectures import TIED, UNTIED, packed
 from conftest import VOCABULARY, close, tiny_bert_config
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -22,11 +22,6 @@ from transformers import BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 from hf_adacomp import AdaCompCallback, AdaCompConfig, AdaptiveCompressedEmbedding, compress, pack
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
-
-
-def packed(name, counts):
-    config = AdaCompConfig(code_lengths=(4, 8, 32), target_ratio=3, codebook_dtype="int8")
-    return pack(compress(TIED[name]().eval(), config, counts)).eval()
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

@@ -64,8 +64,7 @@ def test_a_size_below_the_padding_token_leaves_none(bert, config, counts):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt-neox"])
 def test_heads_of_their_own_are_resized_along(name, counts, tmp_path):
-    config = SETTINGS
-    model = pack(compress(UNTIED[name]().eval(), config, counts)).eval()
+    model = pack(compress(UNTIED[name]().eval(), SETTINGS, counts)).eval()
     ids = torch.randint(4, 100, (2, 5))
     before = logits(model, ids)
     model.resize_token_embeddings(VOCABULARY + 3)
