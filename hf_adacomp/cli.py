@@ -20,10 +20,11 @@ from .export.onnx_file import export_onnx
 from .integration.agreement import Agreement
 from .integration.batches import check_ids, text_batches
 from .integration.calibration import calibrate
+from .integration.compressed_tables import num_tokens, require_compressed
 from .integration.compression import compress, decompress, pack
+from .integration.parts import transformers_models
 from .integration.sentence import static_model
 from .integration.sizes import size_report
-from .integration.tables import num_tokens, require_compressed, transformers_models
 from .reports.plots import plot_lengths
 from .reports.tokens import token_table
 from .saved_models import load_model, load_tokenizer, save_model

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from hf_adacomp import AdaCompConfig, compress, decompress, pack, size_report
-from hf_adacomp.integration.tables import compressed_embeddings
+from hf_adacomp.integration.compressed_tables import compressed_embeddings
 
 VOCABULARY = 384
 MOST_PARAMETERS = 8_000_000

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
 from hf_adacomp.codes import bits as bit_format
 from hf_adacomp.codes.packed import PackedCodes
+from hf_adacomp.integration.dense_tables import dense_tables
 from hf_adacomp.integration.layout import empty_table
 from hf_adacomp.integration.quantizer import AdaCompHfQuantizer, attach
 from hf_adacomp.integration.surgery import put
-from hf_adacomp.integration.tables import dense_tables
 
 LENGTHS, SHARES = (16, 64, 256), (0.4, 0.5, 0.1)
 """Code lengths and the shares of tokens that have them: 64 bits a token on average."""

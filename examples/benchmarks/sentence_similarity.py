@@ -38,8 +38,8 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from hf_adacomp import AdaCompConfig, calibrate, compress, pack
+from hf_adacomp.integration.parts import transformers_models
 from hf_adacomp.integration.sentence import default_prompt, put_static_model, static_model, tokenizer_of
-from hf_adacomp.integration.tables import transformers_models
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # examples/ is no package
 from distill import distill  # found through the line above

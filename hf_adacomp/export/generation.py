@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..integration.parts import transformers_models
 from ..integration.sentence import is_sentence_model
-from ..integration.tables import transformers_models
 from .graph import Graph, Inputs
 
 

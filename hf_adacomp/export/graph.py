@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integration.compressed_tables import compressed_embeddings, num_tokens
+from ..integration.parts import transformers_models
 from ..integration.sentence import is_sentence_model
-from ..integration.tables import compressed_embeddings, num_tokens, transformers_models
 from .graph_tables import for_graph
 
 Inputs = tuple[tuple[Tensor, ...], tuple[Any, ...]]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..integration.compressed_tables import require_compressed
+from ..integration.parts import transformers_models
 from ..integration.sentence import is_sentence_model, tokenizer_of
-from ..integration.tables import require_compressed, transformers_models
 from .generation import graph_of
 from .graph import Graph
 

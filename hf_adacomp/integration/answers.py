@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .parts import transformers_models
 from .sentence import is_sentence_model
-from .tables import transformers_models
 
 SENTENCE = "sentence_embedding"
 LOGITS = "logits"

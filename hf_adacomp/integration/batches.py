@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .compressed_tables import num_tokens
+from .parts import input_embeddings, transformers_models
 from .sentence import default_prompt, is_sentence_model, tokenizer_of
-from .tables import input_embeddings, num_tokens, transformers_models
 
 BATCH_SIZE, BATCH_SIZE_OF_LOGITS, MAX_LENGTH = 16, 4, 256
 """Texts in a batch, those of a model that makes logits of a whole vocabulary at each token, and tokens of a text."""

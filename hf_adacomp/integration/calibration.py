@@ -17,7 +17,8 @@ from ..fitting.ladder import with_ladder_for
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .answers import reaction
 from .batches import MAX_LENGTH, Text, batches_of
-from .tables import named_modules, num_tokens, require_compressed, transformers_models
+from .compressed_tables import num_tokens, require_compressed
+from .parts import named_modules, transformers_models
 
 Model = TypeVar("Model", bound=Any)
 

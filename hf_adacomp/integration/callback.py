@@ -11,10 +11,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .. import transformers_compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from .checkpoint import unfinished_checkpoints
+from .compressed_tables import compressed_embeddings, keep_from_broadcasts, require_compressed
+from .parts import named_modules
 from .quantizer import attach_whole
 from .sentence import give_save
 from .sizes import size_report
-from .tables import compressed_embeddings, keep_from_broadcasts, named_modules, require_compressed
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import transformers_compat
 from ..nn.loading import GUARD
-from .tables import same_table
+from .dense_tables import same_table
 
 DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 FLOATS = ("F16", "BF16", "F32", "F64")

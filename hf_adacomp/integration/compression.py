@@ -13,7 +13,9 @@ from .. import transformers_compat
 from ..config import AdaCompConfig, checked_config
 from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
+from .compressed_tables import compressed_models, keep_from_broadcasts, require_compressed
 from .integrity import refuse_training
+from .parts import named_modules, transformers_models
 from .quantizer import AdaCompHfQuantizer, attach, attach_whole, detach, refuse_quantized
 from .sentence import (
     give_save,
@@ -25,7 +27,6 @@ from .sentence import (
     warn_of_static_embeddings,
 )
 from .surgery import Planned, install, plan, refuse_ties_outside
-from .tables import compressed_models, keep_from_broadcasts, named_modules, require_compressed, transformers_models
 
 Model = TypeVar("Model", bound=Any)
 

@@ -13,7 +13,7 @@ from .. import transformers_compat
 from ..codes.bits import checksum as checksum_of
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
-from .tables import token_tables
+from .compressed_tables import token_tables
 
 ADAPTERS_COPY = "modules_to_save"
 """Where PEFT keeps a module that an adapter trains as a whole."""

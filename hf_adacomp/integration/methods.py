@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from .. import transformers_compat
 from ..nn.reading import WeightFromCodes
+from .compressed_tables import compressed_embeddings
+from .parts import input_embeddings, model_parts
 from .resizing import resized_embeddings
-from .tables import compressed_embeddings, input_embeddings, model_parts
 
 logger = logging.getLogger(__name__)
 

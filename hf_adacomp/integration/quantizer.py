@@ -16,6 +16,8 @@ from ..nn.loading import EMPTY
 from ..nn.reading import WeightFromCodes
 from ..nn.static import StaticModel
 from .checkpoint import check_stored, check_tables, stored_tensors
+from .compressed_tables import compressed_embeddings, compressed_heads, keep_from_broadcasts, untied_heads
+from .dense_tables import matching_table
 from .integrity import (
     check_values,
     compare_checksums,
@@ -28,18 +30,8 @@ from .integrity import (
 )
 from .layout import SEALED_SETTINGS, check_layout, empty_table, guards, table_layout
 from .methods import give_methods, take_methods
+from .parts import config_ties, model_parts, say_tied, transformers_models
 from .surgery import install, plan, put, take_out
-from .tables import (
-    compressed_embeddings,
-    compressed_heads,
-    config_ties,
-    keep_from_broadcasts,
-    matching_table,
-    model_parts,
-    say_tied,
-    transformers_models,
-    untied_heads,
-)
 
 
 class AdaCompHfQuantizer(HfQuantizer):

@@ -11,8 +11,9 @@ from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from ..nn.sharing import SharedEmbedding
 from ..nn.static import StaticModel
+from .compressed_tables import compressed_heads, require_compressed, token_tables
 from .new_codes import codes_for
-from .tables import compressed_heads, model_parts, require_compressed, token_tables
+from .parts import model_parts
 from .token_ids import follow_tokens, refuse_dropped
 
 LOGITS_BIAS = "final_logits_bias"

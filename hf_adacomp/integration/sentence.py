@@ -19,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..nn.static import StaticConfig, StaticModel
+from .compressed_tables import compressed_embeddings
 from .methods import arguments_of, bind, describe
-from .tables import compressed_embeddings, transformers_models
+from .parts import transformers_models
 
 logger = logging.getLogger(__name__)
 

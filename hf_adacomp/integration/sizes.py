@@ -8,7 +8,8 @@ from typing import Any
 
 from ..codes.bits import group_bytes, index_bits, packed_bytes
 from ..nn.static import StaticModel
-from .tables import require_compressed, transformers_models, untied_heads
+from .compressed_tables import require_compressed, untied_heads
+from .parts import transformers_models
 
 
 @dataclass(frozen=True)

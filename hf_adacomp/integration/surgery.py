@@ -13,16 +13,9 @@ from ..config import AdaCompConfig
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.head import CompressedHead
 from ..nn.sharing import Place, SharedEmbedding
-from .tables import (
-    DenseTable,
-    compressed_embeddings,
-    dense_tables,
-    model_parts,
-    named_modules,
-    say_tied,
-    transformers_models,
-    untied_heads,
-)
+from .compressed_tables import compressed_embeddings, untied_heads
+from .dense_tables import DenseTable, dense_tables
+from .parts import model_parts, named_modules, say_tied, transformers_models
 
 Planned = list[tuple[DenseTable, AdaptiveCompressedEmbedding]]
 """The tables of a model, and what is to come in their places."""

@@ -14,15 +14,10 @@ from .. import transformers_compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
 from ..nn.reading import WeightFromCodes
 from ..nn.static import StaticModel
+from .compressed_tables import compressed_embeddings, compressed_model, token_tables
 from .new_codes import codes_for
+from .parts import input_embeddings, model_parts
 from .resizing import LOGITS_BIAS, packed_tables, resize
-from .tables import (
-    compressed_embeddings,
-    compressed_model,
-    input_embeddings,
-    model_parts,
-    token_tables,
-)
 
 Model = TypeVar("Model", bound=Any)
 

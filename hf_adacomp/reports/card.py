@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from yaml import YAMLError  # type: ignore[import-untyped]  # ships no types
 
 from .. import transformers_compat
+from ..integration.compressed_tables import compressed_models, require_compressed
 from ..integration.methods import TAGS
 from ..integration.sentence import is_sentence_model
 from ..integration.sizes import size_report
-from ..integration.tables import compressed_models, require_compressed
 from .plots import can_plot, plot_histogram
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fitting.token_counts import checked_counts
-from ..integration.tables import require_compressed
+from ..integration.compressed_tables import require_compressed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

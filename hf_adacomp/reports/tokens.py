@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..integration.tables import require_compressed
+from ..integration.compressed_tables import require_compressed
 
 
 class TokenRow(NamedTuple):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from hf_adacomp import AdaCompCallback, compress, pack
-from hf_adacomp.integration.tables import compressed_embeddings
+from hf_adacomp.integration.compressed_tables import compressed_embeddings
 
 SCRIPT = Path(__file__).with_name("train.py")
 ROWS = 8

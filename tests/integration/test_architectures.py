@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, compress, decompress, pack, size_report
-from hf_adacomp.integration.tables import compressed_embeddings, compressed_heads
+from hf_adacomp.integration.compressed_tables import compressed_embeddings, compressed_heads
 from hf_adacomp.nn.head import CompressedHead
 
 pytestmark = pytest.mark.usefixtures("quick_fit")

@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, pack, size_report
 from hf_adacomp.config import CODEBOOK_DTYPES, FLOAT_DTYPES
-from hf_adacomp.integration.tables import dense_tables
+from hf_adacomp.integration.dense_tables import dense_tables
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 

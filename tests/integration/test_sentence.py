@@ -22,7 +22,6 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-import hf_adacomp
 from hf_adacomp import (
     AdaCompCallback,
     AdaCompConfig,
@@ -35,8 +34,9 @@ from hf_adacomp import (
     token_table,
 )
 from hf_adacomp.cli import main
+from hf_adacomp.integration.compressed_tables import require_compressed
+from hf_adacomp.integration.parts import transformers_models
 from hf_adacomp.integration.sentence import is_sentence_model, static_model, tokenizer_of
-from hf_adacomp.integration.tables import transformers_models
 from hf_adacomp.nn.static import StaticConfig, StaticModel
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
@@ -139,7 +139,7 @@ def test_its_trainer_trains_and_resumes(model, tmp_path):
         return SentenceTransformerTrainer(trained, arguments, data, loss=loss, callbacks=[AdaCompCallback()])
 
     trainer(model).train()
-    assert [table.phase for table in hf_adacomp.integration.tables.compressed_embeddings(model).values()] == ["packed"]
+    assert [table.phase for table in require_compressed(model).values()] == ["packed"]
     model.save_pretrained(str(tmp_path / "packed"))
     assert "import hf_adacomp" in (tmp_path / "packed" / "README.md").read_text()
     resumed = SentenceTransformer(str(tmp_path / "run" / "checkpoint-5"), device="cpu")

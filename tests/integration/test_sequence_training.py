@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
-from hf_adacomp.integration.tables import compressed_embeddings
+from hf_adacomp.integration.compressed_tables import compressed_embeddings
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 

@@ -7,8 +7,9 @@ from torch import nn
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, decompress, size_report
 from hf_adacomp import pack as pack_model
 from hf_adacomp.integration import surgery
+from hf_adacomp.integration.compressed_tables import compressed_embeddings
+from hf_adacomp.integration.dense_tables import dense_tables
 from hf_adacomp.integration.surgery import plan, replace_module, take_out
-from hf_adacomp.integration.tables import compressed_embeddings, dense_tables
 from hf_adacomp.nn.head import CompressedHead
 from hf_adacomp.nn.sharing import SharedEmbedding
 from hf_adacomp.transformers_compat import tied_weights

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, TrainingArguments
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, compress
-from hf_adacomp.integration.tables import compressed_embeddings
+from hf_adacomp.integration.compressed_tables import compressed_embeddings
 
 setfit = pytest.importorskip("setfit", reason="SetFit lags behind transformers' newest releases")
 pytestmark = [

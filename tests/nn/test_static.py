@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel
 
 from hf_adacomp import AdaCompConfig, add_tokens, compress, decompress, keep_tokens, pack, size_report
-from hf_adacomp.integration.tables import transformers_models
+from hf_adacomp.integration.parts import transformers_models
 from hf_adacomp.nn.static import StaticConfig, StaticModel
 
 pytestmark = pytest.mark.usefixtures("quick_fit")

@@ -5,26 +5,7 @@ from conftest import VOCABULARY, tiny_bert_config
 from torch import nn
 from transformers import BertModel, ViTConfig, ViTModel
 
-from hf_adacomp import AdaCompConfig, compress
-from hf_adacomp.integration.tables import (
-    compressed_embeddings,
-    compressed_heads,
-    config_ties,
-    dense_table,
-    dense_tables,
-    matching_table,
-    model_parts,
-    named_modules,
-    require_compressed,
-    untied_heads,
-)
-from hf_adacomp.nn.sharing import SharedEmbedding
-
-pytestmark = pytest.mark.usefixtures("quick_fit")
-
-
-def settings(**changes) -> AdaCompConfig:
-    return AdaCompConfig(**{"code_lengths": (4, 8, 32), "target_ratio": 3, "codebook_dtype": "int8", **changes})
+from hf_adacomp.integration.dense_tables import dense_table, dense_tables, matching_table
 
 
 @pytest.mark.parametrize(
@@ -143,51 +124,3 @@ def test_a_stored_table_is_found_with_and_without_a_task_head(bert, stored):
 def test_a_stored_table_that_the_model_lacks_is_named(bert, stored):
     with pytest.raises(ValueError, match=rf"names a compressed table '{stored}', but BertForSequenceClassification"):
         matching_table(bert, stored)
-
-
-def test_parts_of_a_model_carry_the_prefix_of_their_parameters():
-    model = TIED["bert"]()
-    assert [prefix for prefix, _ in model_parts(model)] == ["", "bert."]
-    for prefix, part in model_parts(model):
-        assert {prefix + name for name, _ in part.named_parameters()} <= {name for name, _ in model.named_parameters()}
-
-
-def test_compressed_tables_and_heads_are_found_by_name(counts):
-    model = compress(TIED["bart"](), settings(), counts)
-    (table,) = require_compressed(model).values()
-    (head,) = compressed_heads(model).values()
-    assert head is model.get_output_embeddings()
-    assert head.embedding is table
-    assert compressed_embeddings(model) == require_compressed(model)
-    assert all(m.embedding is table for m in model.modules() if isinstance(m, SharedEmbedding))
-
-
-def test_a_model_without_compressed_tables_is_refused_by_its_class(bert):
-    assert compressed_embeddings(bert) == compressed_heads(bert) == {}
-    with pytest.raises(ValueError, match="BertForSequenceClassification has no compressed embedding: call compress"):
-        require_compressed(bert)
-
-
-def test_untied_heads_are_those_that_kept_their_own_weights(counts):
-    model = compress(TIED["gpt2"](), settings(head="dense"), counts)
-    assert untied_heads(model) == {"lm_head": model.lm_head}
-    assert untied_heads(compress(TIED["gpt2"](), settings(), counts)) == {}
-    assert untied_heads(compress(UNTIED["llama"](), settings(), counts)) == {}
-    assert untied_heads(TIED["gpt2"]()) == {}
-
-
-def test_ties_are_what_the_config_says():
-    for model, tied in ((TIED["llama-tied"](), True), (UNTIED["llama"](), False), (TIED["bert"](), True)):
-        assert config_ties(model, model.get_output_embeddings()) == tied
-
-
-def test_objects_that_hold_models_are_looked_into(packed_bert):
-    class Holder:
-        """As SetFit's model: no module itself."""
-
-        def __init__(self):
-            self.body, self.head, self.name = packed_bert, nn.Linear(2, 2), "holder"
-
-    holder, table = Holder(), "body.bert.embeddings.word_embeddings"
-    assert {table, "head"} <= set(named_modules(holder))
-    assert require_compressed(holder)[table] is packed_bert.get_input_embeddings()
