@@ -13,9 +13,11 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "adacomp"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+PLAIN_VERSION = 3
 OLD_VERSIONS = (1, 2)
-"""Version of the file format that this release reads and writes; those before, which it does not read."""
+"""Version of the file format that this release writes; the one before, whose code-books hold code vectors or scales
+undivided by the rate, which it reads; those before, which it does not."""
 
 AUTO = "auto"
 ANNEALS = ("exponential", "linear", "cosine")
@@ -129,9 +131,9 @@ class AdaCompConfig(QuantizationConfigMixin):
                 f"format_version={format_version} is of an hf_adacomp before its first release, which held a code-book "
                 f"for each code length: compress the dense model again, for format_version {FORMAT_VERSION}"
             )
-        if self.format_version != FORMAT_VERSION:
+        if self.format_version not in (PLAIN_VERSION, FORMAT_VERSION):
             raise ValueError(
-                f"format_version={format_version} is not known to this hf_adacomp, which reads "
+                f"format_version={format_version} is not known to this hf_adacomp, which reads {PLAIN_VERSION} and "
                 f"{FORMAT_VERSION}: upgrade hf_adacomp to load the file"
             )
         if tables is not None and not (
@@ -160,6 +162,7 @@ class AdaCompConfig(QuantizationConfigMixin):
         """A copy for one table, whose code lengths are these."""
         config = copy.copy(self)
         config.code_lengths = _checked_lengths(ladder)
+        config.format_version = FORMAT_VERSION  # it is saved as such, whatever it was loaded from
         return config
 
     @classmethod

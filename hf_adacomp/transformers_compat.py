@@ -7,6 +7,7 @@ package reads no attribute with a leading underscore that is not its own.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -165,3 +166,12 @@ def distributed_kind() -> str:
     from accelerate.state import AcceleratorState  # type: ignore[import-untyped]  # noqa: PLC0415  # ships no types
 
     return str(AcceleratorState().distributed_type.value)
+
+
+def accumulates() -> bool:
+    """Whether accelerate is accumulating gradients now, while its optimizers take no steps."""
+    if "accelerate.state" not in sys.modules:
+        return False
+    from accelerate.state import GradientState  # noqa: PLC0415  # loading a model does not need it
+
+    return not GradientState().sync_gradients

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from architectures import TIED
 from torch import nn
@@ -124,3 +125,12 @@ def test_add_to_log(bert, tmp_path):
 def test_distributed_kind():
     AcceleratorState(cpu=True)
     assert transformers_compat.distributed_kind() == "NO"
+
+
+def test_accumulates():
+    accelerator, model, found = Accelerator(cpu=True, gradient_accumulation_steps=2), torch.nn.Linear(1, 1), []
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            found.append(transformers_compat.accumulates())
+    assert found == [True, False, True, False]
+    assert not transformers_compat.accumulates()

@@ -12,7 +12,7 @@ from .. import torch_compat
 from ..config import FLOAT_DTYPES, INTEGER_BITS
 from .bits import pack_nibbles, unpack_nibbles
 from .descent import BinaryStep, decide_bits
-from .rounding import codebook_bytes, quantize_rows, round_vectors, straight_through
+from .rounding import codebook_bytes, packed_rate, quantize_rows, round_vectors, straight_through
 
 BITS_PER_BLOCK = 1 << 22
 """Table rows are processed in blocks of about this many bits (as float32: 16 MB) to bound memory."""
@@ -87,7 +87,9 @@ class BinaryCodebook(torch_compat.KeptBuffers):
     be stored (rounded to `storage`), with gradients passed straight through the rounding and through the step H.
 
     A vector is the sum of about L/2 code vectors. If an optimizer moved each by its learning rate, vectors would move
-    by many times that: training therefore holds `C = rate * weight` with `rate = sqrt(2 / L)`.
+    by many times that: training therefore holds `C = rate * weight` with `rate = sqrt(2 / L)`. Packed, and in files, it
+    is `C = rate * weight` in floats, or `C = rate * scale * weight` in integers, whose scales learn: rate is a power of
+    two then, near `sqrt(2 / L)` or that over 2^(bits - 1), so that packing changes no value.
 
     Args:
         length: Number of code vectors, i.e. bits of the longest code.
@@ -159,12 +161,18 @@ class BinaryCodebook(torch_compat.KeptBuffers):
             dtype = self.scale.dtype
             whole = self.integer_bits == 8
             integers = self.weight.to(dtype) if whole else unpack_nibbles(self.weight, self.dim, dtype)
-            return StoredBook(integers.mul_(self.scale), self.bias)  # in place: one float copy of the book, not two
+            return StoredBook(integers.mul_(self.scales), self.bias)  # in place: one float copy of the book, not two
         vectors: Tensor = self.rate * self.weight
         vectors = straight_through(vectors, round_vectors(vectors.detach(), self.storage))
         if self.integer_bits:  # the bias keeps the dtype of the model
             return StoredBook(vectors, self.bias)
         return StoredBook(vectors, straight_through(self.bias, round_vectors(self.bias.detach(), self.storage)))
+
+    @property
+    def scales(self) -> Tensor:
+        """Of packed integers: what each is multiplied by, (L, 1)."""
+        scales: Tensor = self.rate * self.scale
+        return scales
 
     def encoder(self, stored: StoredBook, metric: Tensor) -> Encoder:
         """The encoder for this state of the code-book, which looks for bits near a vector in a metric (d, d)."""
@@ -207,14 +215,21 @@ class BinaryCodebook(torch_compat.KeptBuffers):
         del self.encoder_bias, self.encoder_scale
         if not self.tied:
             del self.encoder_weight
-        self.weight.data, self.rate = self.rate * self.weight.data, 1.0
+        vectors, self.rate = self.rate * self.weight.data, packed_rate(self.length, self.storage)
         if self.integer_bits:
-            integers, scale = quantize_rows(self.weight.detach(), self.integer_bits)
+            integers, scale = quantize_rows(vectors, self.integer_bits)
             trains = self.weight.requires_grad
             del self.weight
             self.register_buffer("weight", integers if self.integer_bits == 8 else pack_nibbles(integers))
-            self.scale = nn.Parameter(scale, trains)
+            self.scale = nn.Parameter(scale / self.rate, trains)
+        else:
+            self.weight.data = vectors / self.rate
         self.packed = True
+
+    @torch.no_grad()
+    def divide_by_rate(self) -> None:
+        """Take over what a file of `format_version` 3 holds, where rate was 1."""
+        (self.scale if self.integer_bits else self.weight).div_(self.rate)
 
     def stored_bytes(self) -> int:
         """Bytes of the packed code-book in a file."""
@@ -228,5 +243,7 @@ def _store_as_decoded(book: BinaryCodebook, state: dict[str, Any], prefix: str, 
     """Write a float code-book in the dtype that decoding sees, while the parameters keep the model's to train on."""
     # A skeleton on the meta device is not saved but asked for the dtypes to load into.
     if book.packed and book.integer_bits is None and not book.bias.is_meta:
-        for name in ("weight", "bias"):
-            state[prefix + name] = state[prefix + name].to(FLOAT_DTYPES[book.storage])
+        dtype = FLOAT_DTYPES[book.storage]
+        for name, rate in (("weight", book.rate), ("bias", 1.0)):
+            if state[prefix + name].dtype != dtype:
+                state[prefix + name] = (rate * state[prefix + name]).to(dtype) / rate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,11 @@ def round_vectors(vectors: Tensor, storage: str) -> Tensor:
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     """Exactly `rounded`, with the gradient of `value`; both of one shape."""
     return rounded.detach() + (value - value.detach())
+
+
+def packed_rate(length: int, storage: str) -> float:
+    """What a packed code-book multiplies by what it learns, for optimizers' steps: see `BinaryCodebook`."""
+    return float(2.0 ** (round(math.log2(2 / length) / 2) - INTEGER_BITS.get(storage, 1) + 1))
 
 
 def codebook_bytes(length: int, dim: int, storage: str, dtype: torch.dtype) -> int:

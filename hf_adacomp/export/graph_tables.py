@@ -51,8 +51,8 @@ class NibbleCodebook(nn.Module):
 
     def __init__(self, book: BinaryCodebook) -> None:
         super().__init__()
-        for name in ("weight", "scale", "bias"):
-            self.register_buffer(name, getattr(book, name).detach())
+        for name, tensor in {"weight": book.weight, "scale": book.scales, "bias": book.bias}.items():
+            self.register_buffer(name, tensor.detach())
         byte = torch.arange(256, device=self.weight.device)
         self.register_buffer("halves", (torch.stack([byte % 16, byte // 16])[..., None] - 8).to(self.scale.dtype))
 

@@ -145,7 +145,7 @@ def _measure(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -
 def _fit(table: AdaptiveCompressedEmbedding, show_progress: bool) -> None:
     """Fit a table to what was observed, with the user's settings."""
     state = table.require_training("calibrate")
-    state.recount()
+    state.recount(alone=True)  # processes may calibrate each by itself, or only one of them
     if table.settings.code_lengths == AUTO and state.observation.counting:  # now there are counts to choose by
         table.offer(with_ladder_for(state.source, table.settings, state.token_counts))
     table.end_observation(show_progress)

@@ -42,6 +42,9 @@ class AdaCompCallback(TrainerCallback):
     for them to get these values, name them after this one, `report_to="none"` and `callbacks=[AdaCompCallback(),
     TensorBoardCallback()]`.
 
+    `Trainer.create_model_card`, which `push_to_hub` calls, writes a card of its own over the one that says how to load
+    the model: `save_model_card(model, folder)` or `push_model_card(model, "user/model")` after it puts that back.
+
     Averages of weights (EMA) begin where `adacomp/phase` is `"encode"`, since a code-book is random until it is
     fitted, and take parameters alone, not buffers.
 

@@ -82,7 +82,10 @@ def check_stored(name: str, expected: Mapping[str, Tensor], stored: Mapping[str,
         holders = named or alike
         if not holders:
             _refuse_dense(name, stored)
-            raise ValueError(f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged")
+            raise ValueError(
+                f"the file lacks the tensor {name}.{key} of the compressed table: it is damaged, or was written by a "
+                "program that does not know such tables, as those that merge models: decompress(model) first"
+            )
         dtypes = FLOATS if tensor.is_floating_point() else (DTYPES[tensor.dtype],)
         if not any(found.shape == tuple(tensor.shape) and found.dtype in dtypes for found in holders.values()):
             full, found = next(iter(holders.items()))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from .. import transformers_compat
-from ..config import QUANT_METHOD, AdaCompConfig
+from ..config import FORMAT_VERSION, PLAIN_VERSION, QUANT_METHOD, AdaCompConfig
 from ..nn.loading import EMPTY
 from ..nn.reading import WeightFromCodes
 from ..nn.static import StaticModel
@@ -46,6 +46,8 @@ class AdaCompHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: AdaCompConfig, **kwargs: Any) -> None:
         # A copy, in which the layouts of this model's tables are noted; its settings are checked again.
         super().__init__(AdaCompConfig(**quantization_config.to_dict()), **kwargs)
+        if not self.pre_quantized:
+            self.quantization_config.format_version = FORMAT_VERSION
         self.given_state: Mapping[str, Tensor] | None = None  # to be saved in place of the model's own
         self._checksums: dict[nn.Module, dict[str, int]] = {}  # of tables whose weights are being loaded
 
@@ -64,6 +66,11 @@ class AdaCompHfQuantizer(HfQuantizer):
             check_tables(self.quantization_config.tables, stored)
         for stored_name, layout in self.quantization_config.tables.items():
             check_layout(stored_name, layout, self.quantization_config)
+            if layout["tokens_per_length"] is None and self.quantization_config.format_version == PLAIN_VERSION:
+                raise ValueError(
+                    f"{stored_name} is in training, begun by an hf_adacomp that wrote format_version={PLAIN_VERSION}: "
+                    "end the training with that, or compress the dense model again"
+                )
             table = matching_table(model, stored_name)
             shape = (layout["num_embeddings"], layout["embedding_dim"])
             if tuple(table.owner.weight.shape) != shape:
@@ -105,7 +112,10 @@ class AdaCompHfQuantizer(HfQuantizer):
             refuse_missing(name, embedding)
             check_values(name, embedding)
             compare_checksums(name, embedding, self._checksums.pop(embedding))
+            if self.quantization_config.format_version == PLAIN_VERSION:
+                embedding.codebook.divide_by_rate()
             embedding.train(embedding.training)
+        self.quantization_config.format_version = FORMAT_VERSION
         if isinstance(model, StaticModel):  # whose gains stand beside the table
             refuse_missing(model.base_model_prefix, model)
 

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from .. import torch_compat
+from .. import torch_compat, transformers_compat
 from ..codes.bits import checksum
 from ..codes.packed import PackedCodes
 from ..config import AdaCompConfig, checked_config
@@ -128,6 +128,9 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def step(self, fraction: float, show_progress: bool = True) -> None:
         """Tell the module how far training is, between `backward()` and `optimizer.step()`; in all processes together.
 
+        Once an optimizer step: where gradients are accumulated, only after the last `backward()`. Where accelerate
+        accumulates them, it does nothing until then, as accelerate's optimizers do.
+
         Collects what was observed, fits the code-book when that ends, sets temperature and price, freezes the lengths
         at `config.select_fraction`, and adds the gradients of the regularisers. Once packed it does nothing. Gradients
         that are NaN or Inf, as the loss was, are dropped with a warning. With a `GradScaler`, call `unscale_` first:
@@ -145,7 +148,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
             raise ValueError(f"fraction is the share of training that is done, between 0 and 1; got {fraction!r}")
         fraction = done
         state = self.training_state
-        if state is None:
+        if state is None or transformers_compat.accumulates():
             return
         if not state.driven:
             take_from_first(self._tensors())

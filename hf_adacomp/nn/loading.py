@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..codes.packed import PackedCodes
+from ..config import AUTO
 
 GUARD, EMPTY = "weight", torch.zeros(0)
 """Name of the dense weight. State dicts hold an empty tensor under it: a dense model refuses it, also unstrictly."""
@@ -37,6 +38,7 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
         )
     stored = {form for form in ("packed", "training_state") for key in state_dict if key.startswith(f"{prefix}{form}.")}
     learning = table.training_state is not None
+    ladder = state_dict.get(f"{prefix}training_state.ladder")
     fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
     cast = sorted(key for key in fixed & {*state_dict} if state_dict[key].is_floating_point())
     if stored and ("packed" in stored) == learning and not (learning and table.anew):
@@ -50,6 +52,14 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
         errors.append(f"{cast[0]} is {state_dict[cast[0]].dtype}: codes are integers and cannot be averaged or cast")
     elif "packed" in stored:
         _make_room(table, state_dict, prefix, errors)
+    elif learning and ladder is not None and (lengths := tuple(ladder.tolist())) != table.config.ladder:
+        if table.settings.code_lengths == AUTO:  # chosen by counts that this script does not give
+            table.offer(table.config.with_ladder(lengths))
+        else:
+            errors.append(
+                f"{name}: the training began with code_lengths={lengths}, and is resumed with {table.config.ladder}: "
+                f"compress with AdaCompConfig(code_lengths={lengths}), or start anew"
+            )
 
 
 def seal_again(table: Any, _: Any) -> None:

@@ -22,7 +22,8 @@ from ..torch_compat import KeptDtype
 from .ranks import sum_over_ranks
 
 MEASURED_ROWS = 2048
-"""Gradients that are measured of one use of a table in one backward pass, evenly spread over it."""
+"""Gradients that are measured of one use of a table in one backward pass, where there are twice as many: at random
+places, since each so-manieth would be the same few positions of all texts."""
 
 
 class Observation(KeptDtype):
@@ -99,14 +100,22 @@ class Observation(KeptDtype):
             self._measure(gradient.detach())
 
     def _measure(self, rows: Tensor) -> None:
-        step = max(1, len(rows) // MEASURED_ROWS)
-        sample = rows[::step].to("cpu", torch.float64)
-        moments = step * (sample.T @ sample)
+        total, share = len(rows), max(1, len(rows) // MEASURED_ROWS)
+        if share > 1:
+            # Others in each step, the same in a resumed run.
+            places = torch.Generator().manual_seed(int(self.moment_bits[0, 0]) + total)
+            rows = rows[torch.randperm(total, generator=places)[: total // share].to(rows.device)]
+        sample = rows.to("cpu", torch.float64)
+        moments = share * (sample.T @ sample)
         self._moments = moments if self._moments is None else self._moments.add_(moments)
 
     @torch.no_grad()
-    def collect(self, measure: bool) -> tuple[Tensor, bool]:
+    def collect(self, measure: bool, alone: bool = False) -> tuple[Tensor, bool]:
         """Add what came since the last call, on all ranks, to what is known; all ranks must call it together.
+
+        Args:
+            measure: Whether moments are wanted.
+            alone: Whether this rank calls it alone, for itself.
 
         Returns:
             The counts that came, (V,) int64, and whether anything came.
@@ -115,15 +124,16 @@ class Observation(KeptDtype):
         moments = self._moments
         self.discard()
         if self.counting:
-            counts = sum_over_ranks(counts)
+            counts = counts if alone else sum_over_ranks(counts)
             self.token_counts += counts
         came = bool(counts.any())
         if measure:
             if moments is None:
                 moments = torch.zeros(self.moment_bits.shape, dtype=torch.float64)
-            total = sum_over_ranks(moments, self.moment_bits.device).cpu()
-            came = came or bool(total.any())
-            self.moment_bits.copy_((self.moments + total).view(torch.int64))
+            if not alone:
+                moments = sum_over_ranks(moments, self.moment_bits.device).cpu()
+            came = came or bool(moments.any())
+            self.moment_bits.copy_((self.moments + moments).view(torch.int64))
         return counts, came
 
     def discard(self) -> None:

@@ -55,5 +55,6 @@ def check_agreement(checksums: Mapping[str, int], device: torch.device) -> None:
             place = int((other != ranks[0]).nonzero()[0])
             raise ValueError(
                 f"ranks 0 and {rank} have trained different tables, first seen in {[*checksums][place]!r}: wrap the "
-                "model in DistributedDataParallel, or let the Trainer do it, so that all ranks take the same steps"
+                "model in DistributedDataParallel, or let the Trainer do it, so that all ranks take the same steps; "
+                "and call embedding.step() only where gradients are synchronised, not under no_sync()"
             )

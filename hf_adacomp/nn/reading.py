@@ -36,6 +36,12 @@ class WeightFromCodes(nn.Module):
             raise ValueError(f"the weight of a compressed table cannot be set: it {LOST}")
         super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in `nn.Module`; pruning would keep the decoded weight as a parameter."""
+        if isinstance(param, DecodedWeight):
+            raise ValueError(f"the weight of a compressed table cannot become {name!r}: it {LOST}")
+        super().register_parameter(name, param)
+
     def _has(self, value: Any) -> bool:
         """Whether a weight is the one that is there, or what state dicts have for it: ties and swaps set those."""
         if isinstance(value, DecodedWeight):

@@ -125,8 +125,10 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
             return
         if not self.token_counts().any():
             logger.warning(
-                "no token was counted yet: AdaptiveCompressedEmbedding is fitted as if all were equally frequent. Pass "
-                "token_counts to compress(), calibrate on texts, or train with AdaCompCallback(), which counts"
+                "a compressed table is used before any token was counted: it is fitted as if all were equally frequent, "
+                "and loses more than it will. Pass token_counts to compress(), calibrate on texts, or train with "
+                "AdaCompCallback(), which counts. What is evaluated before that training is not the dense model; a "
+                "reference or teacher model that is not trained should be left dense"
             )
         state = self.require_training("ensure_warm")
         if state.observation.measuring and (metric := state.observation.measured_metric()) is not None:
@@ -232,12 +234,13 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
 
 
 def _new_codebook(source: Tensor, config: AdaCompConfig) -> BinaryCodebook:
-    """A random code-book for a table and settings with a ladder."""
-    return BinaryCodebook(
-        config.ladder[-1],
-        source.shape[1],
-        tied=config.tied,
-        storage=config.codebook_dtype,
-        device=source.device,
-        dtype=source.dtype,
-    )
+    """A random code-book for a table and settings with a ladder; what the user draws next stays the same."""
+    with torch.random.fork_rng([source.device] if source.is_cuda else []):
+        return BinaryCodebook(
+            config.ladder[-1],
+            source.shape[1],
+            tied=config.tied,
+            storage=config.codebook_dtype,
+            device=source.device,
+            dtype=source.dtype,
+        )

@@ -36,6 +36,7 @@ class TrainingState(nn.Module):
     """
 
     source: Tensor
+    ladder: Tensor
     assignment: Tensor
     stage: Tensor
     warm_started: Tensor
@@ -49,6 +50,7 @@ class TrainingState(nn.Module):
         self.observation = Observation(*source.shape, **options)
         self.observation.measuring = config.measured
         self.selector = LengthSelector(len(source), config.ladder, config.selection_reach, **options)
+        self.register_buffer("ladder", torch.tensor(config.ladder, dtype=torch.int32, **options))  # what indices mean
         self.register_buffer("assignment", torch.zeros(len(source), dtype=torch.uint8, **options))
         self.register_buffer("stage", torch.tensor(OBSERVE, dtype=torch.uint8, **options))
         self.register_buffer("warm_started", torch.zeros((), dtype=torch.uint8, **options))
@@ -131,9 +133,9 @@ class TrainingState(nn.Module):
         expected.copy_(expected_counts(self.token_counts, self.source))
         return token_weights(expected)
 
-    def recount(self) -> None:
-        """Collect counts, on all ranks together; while lengths are learned, tokens weigh by them from here on."""
-        added, came = self.observation.collect(self.observing and self.observation.measuring)
+    def recount(self, alone: bool = False) -> None:
+        """Collect counts, on all ranks together or alone; while lengths are learned, tokens weigh by them from here."""
+        added, came = self.observation.collect(self.observing and self.observation.measuring, alone)
         if self.observing and came:
             self.warm_started.zero_()  # a fit that evaluation asked for knew less
         if self.observing or not self.observation.counting:

@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -174,3 +175,21 @@ def test_the_scale_of_the_encoder_stays_in_float32(tied):
     for cast in (book.half(), book.float().half(), book.to(torch.bfloat16)):
         assert cast.encoder_scale.dtype == torch.float32
         assert cast.encoder_scale == 1e6
+
+
+@pytest.mark.parametrize("length", [1, 8, 512])
+@pytest.mark.parametrize("storage", CODEBOOK_DTYPES)
+def test_packed_vectors_move_by_about_as_much_as_in_training(storage, length):
+    """Scales are a hundred times smaller than code vectors: a step of the optimizer must not be a leap to them."""
+    moved = []
+    for packed in (False, True):
+        torch.manual_seed(0)
+        module = BinaryCodebook(length, 64, tied=True, storage=storage)
+        if packed:
+            module.pack()
+        before, bits = module.stored().vectors.detach().clone(), torch.ones(1, length)
+        (decode(module, bits) * torch.randn(64)).sum().backward()
+        torch.optim.SGD([module.scale if packed and module.integer_bits else module.weight], lr=1e-2).step()
+        moved.append(float((module.stored().vectors.detach() - before).norm() / before.norm()))
+    assert 0.01 * moved[0] < moved[1] < 4 * moved[0]
+    assert module.rate == 2.0 ** round(math.log2(module.rate))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).with_name("ways.py")
 
 
-WAYS = ["streams", "checkpointing", "accumulation", "static_graph", "other_start", "sharded"]
+WAYS = ["streams", "checkpointing", "accumulation", "static_graph", "other_start", "calibrated_by_one", "sharded"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from hf_adacomp import AdaCompCallback, AdaCompConfig, compress, pack
+from hf_adacomp import AdaCompCallback, AdaCompConfig, calibrate, compress, pack
 
 CONFIG = AdaCompConfig(LENGTHS, target_ratio=32, select_fraction=0.5)
 STEPS = 8
@@ -80,6 +80,17 @@ def apart() -> dict[str, torch.Tensor]:
     return model.get_input_embeddings().state_dict()
 
 
+def calibrated_by_one() -> dict[str, torch.Tensor]:
+    """The first process calibrates, as it does whatever is done once; what it sends next is what the others get."""
+    sent = torch.arange(3.0)
+    if dist.get_rank() == 0:
+        batches = [{"input_ids": torch.randint(VOCABULARY, (2, 8))}]
+        pack(calibrate(compress(model_of_seed(0), CONFIG), batches, show_progress=False))
+    dist.all_reduce(sent)
+    assert sent.tolist() == [0, 2, 4]
+    return {"sent": sent}
+
+
 def sharded() -> dict[str, torch.Tensor]:
     """A packed model under FSDP2."""
     model = pack(compress(model_of_seed(0), CONFIG, torch.arange(VOCABULARY))).train()
@@ -109,6 +120,7 @@ BY_HAND = {
     "static_graph": lambda: by_hand(static_graph=True),
     "other_start": lambda: by_hand(seed=dist.get_rank()),
     "apart": apart,
+    "calibrated_by_one": calibrated_by_one,
     "sharded": sharded,
     "sharded_in_training": sharded_in_training,
 }

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import LENGTHS, VOCABULARY
 from torch import nn
 
@@ -392,3 +393,15 @@ def test_settings_of_another_kind_are_quoted(config):
 def test_progress_may_be_a_tensor(embedding):
     embedding.step(torch.tensor(0.3))
     assert embedding.phase == "select"
+
+
+def test_a_step_waits_until_accelerate_has_accumulated_gradients(source, config, counts):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    table = AdaptiveCompressedEmbedding.from_embedding(source, config, counts)
+    seen = []
+    for done in (0.3, 0.5, 0.7, 0.9):
+        with accelerator.accumulate(table):
+            table(torch.tensor([3, 4])).sum().backward()
+            table.step(done, show_progress=False)
+        seen.append(int(table.training_state.progress) / 10**9)
+    assert seen == [-1e-9, 0.5, 0.5, 0.9]

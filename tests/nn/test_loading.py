@@ -78,3 +78,24 @@ def test_parameters_alone_are_taken(table, form):
     _, unexpected = table.load_state_dict(learned, strict=False)
     assert unexpected == []
     assert all(torch.equal(parameter, learned[name]) for name, parameter in table.named_parameters())
+
+
+def test_a_training_with_other_code_lengths_is_told_of(table, config, counts, device):
+    source = nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device)
+    others = AdaCompConfig(**{**config.to_dict(), "code_lengths": (LENGTHS[0], LENGTHS[1] + 1, LENGTHS[2])})
+    other = AdaptiveCompressedEmbedding.from_embedding(source, others, counts.to(device))
+    with pytest.raises(RuntimeError, match=r"began with code_lengths=\(.*\), and is resumed with \(.*start anew"):
+        other.load_state_dict(table.state_dict(), strict=False)
+
+
+def test_a_training_without_the_counts_it_began_with_takes_its_lengths(config, counts, device):
+    config.code_lengths = "auto"
+    source = nn.Embedding(VOCABULARY, DIM, device=device)
+    begun = AdaptiveCompressedEmbedding.from_embedding(source, config, (counts**4).to(device))
+    begun.step(0.9, show_progress=False)
+    resumed = AdaptiveCompressedEmbedding.from_embedding(source, config)
+    assert resumed.config.ladder != begun.config.ladder
+    resumed.load_state_dict(begun.state_dict())
+    for table in (begun, resumed):
+        table.pack()
+    assert torch.equal(resumed.weight_values(), begun.weight_values())

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_bert_config
@@ -239,3 +241,26 @@ def test_settings_are_validated(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"{name} must be"):
         AdaCompConfig(**bad)
+
+
+@pytest.mark.parametrize("where", [0, -1])
+def test_positions_are_measured_as_often_as_they_are(table, where):
+    """A classifier's gradients come from one position of each text: each so-manieth of all would be all or none."""
+    ids = torch.randint(VOCABULARY, (4 * MEASURED_ROWS // 64, 64))
+    moments = observed(table, (table(ids)[:, where] * torch.randn(len(ids), DIM)).sum()).moments
+    assert float(moments.trace()) == pytest.approx(len(ids) * DIM, rel=0.5)
+
+
+def test_other_places_are_measured_in_each_step_and_the_same_in_a_resumed_run(table):
+    rows, found = torch.randn(4 * MEASURED_ROWS, DIM), []
+    resumed = copy.deepcopy(table)
+    for step in range(2):
+        if step:
+            resumed.load_state_dict(table.state_dict())
+        for one in (table, resumed):
+            before = one.training_state.observation.moments.clone()
+            one.training_state.observation.note_table(rows)
+            one.training_state.recount()
+            found.append(one.training_state.observation.moments - before)
+    assert torch.equal(found[2], found[3])
+    assert not torch.allclose(found[0], found[2], rtol=1e-3)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import VOCABULARY
 from torch import nn
+from torch.nn.utils import prune
 from transformers import initialization
 
 from hf_adacomp import AdaptiveCompressedEmbedding
@@ -102,3 +103,8 @@ def test_its_data_cannot_be_set(packed):
         packed.weight.data = torch.zeros(VOCABULARY, 32)
     assert torch.equal(packed.weight.data + 0, before)
     assert not packed.weight.data.requires_grad
+
+
+def test_pruning_is_refused(packed):
+    with pytest.raises(ValueError, match=r"cannot become 'weight_orig'.*decompress"):
+        prune.l1_unstructured(packed, "weight", amount=0.5)

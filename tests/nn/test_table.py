@@ -76,3 +76,10 @@ def test_the_fit_is_the_same_wherever_it_is_asked_for(config, context):
         found.append(table.state_dict())
         table.train()(torch.arange(9)).sum().backward()  # goes on learning
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_what_the_user_draws_next_stays_the_same(config):
+    embedding = nn.Embedding(VOCABULARY, 32)
+    state = torch.get_rng_state()
+    AdaptiveCompressedEmbedding.from_embedding(embedding, config)
+    assert torch.equal(torch.get_rng_state(), state)
