@@ -125,10 +125,10 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
             return
         if not self.token_counts().any():
             logger.warning(
-                "a compressed table is used before any token was counted: it is fitted as if all were equally frequent, "
-                "and loses more than it will. Pass token_counts to compress(), calibrate on texts, or train with "
-                "AdaCompCallback(), which counts. What is evaluated before that training is not the dense model; a "
-                "reference or teacher model that is not trained should be left dense"
+                "a compressed table is used before any token was counted: it is fitted as if all were equally "
+                "frequent, and loses more than it will. Pass token_counts to compress(), calibrate on texts, or train "
+                "with AdaCompCallback(), which counts. What is evaluated before that training is not the dense model; "
+                "a reference or teacher model that is not trained should be left dense"
             )
         state = self.require_training("ensure_warm")
         if state.observation.measuring and (metric := state.observation.measured_metric()) is not None:
