@@ -134,8 +134,19 @@ NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 
 
 def tensor_without_memory(kind: type[Tensor], like: Tensor, device: torch.device) -> Any:
-    """A tensor of a subclass with the shape, strides and dtype of another; every operator asks the subclass."""
-    return Tensor._make_wrapper_subclass(kind, like.shape, like.stride(), dtype=like.dtype, device=device)
+    """A tensor of a subclass with the shape, strides and dtype of another; every operator asks the subclass.
+
+    So does the question for its device. To torch it is on the meta device: `other.data = ...` asks no operator, and
+    would take memory that is not there.
+    """
+    options: dict[str, Any] = {"dtype": like.dtype, "device": "meta", "dispatch_device": True}
+    made: Any = Tensor._make_wrapper_subclass(kind, like.shape, like.stride(), **options)
+    made.lies_on = device
+    return made
+
+
+DEVICE: Any = torch.ops.prim.device.default
+"""The operator that asks a tensor without memory for its device."""
 
 
 def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

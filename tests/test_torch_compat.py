@@ -59,6 +59,8 @@ class Watched(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch_compat.DEVICE:
+            return args[0].lies_on
         cls.asked.append((func, args, kwargs or {}))
         return torch.zeros(3, 2)
 

@@ -215,7 +215,7 @@ class BinaryCodebook(torch_compat.KeptBuffers):
         del self.encoder_bias, self.encoder_scale
         if not self.tied:
             del self.encoder_weight
-        vectors, self.rate = self.rate * self.weight.data, packed_rate(self.length, self.storage)
+        vectors, self.rate = self.rate * self.weight.data, self.packed_rate
         if self.integer_bits:
             integers, scale = quantize_rows(vectors, self.integer_bits)
             trains = self.weight.requires_grad
@@ -228,12 +228,22 @@ class BinaryCodebook(torch_compat.KeptBuffers):
 
     @torch.no_grad()
     def divide_by_rate(self) -> None:
-        """Take over what a file of `format_version` 3 holds, where rate was 1."""
-        (self.scale if self.integer_bits else self.weight).div_(self.rate)
+        """Take over what files before `format_version` 4 hold, where rate was 1."""
+        getattr(self, self.learned).div_(self.rate)
 
     def stored_bytes(self) -> int:
         """Bytes of the packed code-book in a file."""
         return codebook_bytes(self.length, self.dim, self.storage, self.bias.dtype)
+
+    @property
+    def packed_rate(self) -> float:
+        """The rate of a packed code-book; those that were packed before `format_version` 4 have 1."""
+        return packed_rate(self.length, self.storage)
+
+    @property
+    def learned(self) -> str:
+        """Name of what the rate multiplies, once packed."""
+        return "scale" if self.integer_bits else "weight"
 
     def extra_repr(self) -> str:
         return f"{self.length}, {self.dim}, tied={self.tied}, storage={self.storage!r}"

@@ -46,7 +46,7 @@ def table_layout(embedding: AdaptiveCompressedEmbedding, tied_head: bool) -> dic
         "tensor_checksums": embedding.checksums(),
         "tied_head": tied_head,
     }
-    return sealed(layout, embedding.config)
+    return sealed(layout, embedding.config.with_ladder(embedding.config.ladder))  # of this format
 
 
 def empty_table(

@@ -12,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import transformers_compat
 from ..config import FORMAT_VERSION, PLAIN_VERSION, QUANT_METHOD, AdaCompConfig
-from ..nn.loading import EMPTY
+from ..nn.loading import EMPTY, UNITS
 from ..nn.reading import WeightFromCodes
 from ..nn.static import StaticModel
 from .checkpoint import check_stored, check_tables, stored_tensors
@@ -49,6 +49,7 @@ class AdaCompHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.quantization_config.format_version = FORMAT_VERSION
         self.given_state: Mapping[str, Tensor] | None = None  # to be saved in place of the model's own
+        self._undivided = False  # whether the file being loaded is of the format before
         self._checksums: dict[nn.Module, dict[str, int]] = {}  # of tables whose weights are being loaded
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -58,12 +59,17 @@ class AdaCompHfQuantizer(HfQuantizer):
             raise ValueError(
                 "the quantization_config of the model has no `tables`, so that the shapes of its compressed table are "
                 "unknown. If a part of a larger model was compressed, call hf_adacomp.pack(whole) before the whole is "
-                "saved"
+                "saved. If a plain model was made of a compressed model's config, take quantization_config out of "
+                "config.json; next time, del config.quantization_config before the model is made"
             )
         files = kwargs.get("checkpoint_files")
         stored = None if files is None else stored_tensors(files)
         if stored is not None:
             check_tables(self.quantization_config.tables, stored)
+        empty = [name for name, found in (stored or {}).items() if found.shape == EMPTY.shape]
+        self._undivided = self.quantization_config.format_version == PLAIN_VERSION
+        if empty:  # which some programs leave out; then the config must tell
+            self._undivided = not any(name.endswith(f".{UNITS}") for name in empty)
         for stored_name, layout in self.quantization_config.tables.items():
             check_layout(stored_name, layout, self.quantization_config)
             if layout["tokens_per_length"] is None and self.quantization_config.format_version == PLAIN_VERSION:
@@ -93,8 +99,7 @@ class AdaCompHfQuantizer(HfQuantizer):
             self._checksums[new] = layout["tensor_checksums"]
         _set_loading(model, True)
         # Those of the file, too: it may be that of a model with a head, or without.
-        in_file = [name for name, found in (stored or {}).items() if found.shape == EMPTY.shape]
-        transformers_compat.expect_in_files(model, [*guards(model), *in_file])
+        transformers_compat.expect_in_files(model, [*guards(model), *empty])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
@@ -112,10 +117,12 @@ class AdaCompHfQuantizer(HfQuantizer):
             refuse_missing(name, embedding)
             check_values(name, embedding)
             compare_checksums(name, embedding, self._checksums.pop(embedding))
-            if self.quantization_config.format_version == PLAIN_VERSION:
+            if self._undivided and embedding.packed is not None:
                 embedding.codebook.divide_by_rate()
             embedding.train(embedding.training)
-        self.quantization_config.format_version = FORMAT_VERSION
+        if self.quantization_config.format_version != FORMAT_VERSION:
+            self.quantization_config.format_version = FORMAT_VERSION
+            self.note_tables(model)
         if isinstance(model, StaticModel):  # whose gains stand beside the table
             refuse_missing(model.base_model_prefix, model)
 
@@ -219,7 +226,7 @@ def attach_whole(model: Any) -> None:
         ours = ours or [AdaCompHfQuantizer(table.settings, pre_quantized=False) for table in tables.values()]
         if not ours:
             continue
-        weights = {f"{name}.weight" for name in (*tables, *compressed_heads(whole))}
+        weights = {f"{name}.weight" for name, place in whole.named_modules() if isinstance(place, WeightFromCodes)}
         for pair in transformers_compat.tied_weights(whole).items():
             if len(weights.intersection(pair)) == 1:
                 raise ValueError(

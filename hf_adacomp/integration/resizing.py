@@ -13,7 +13,7 @@ from ..nn.sharing import SharedEmbedding
 from ..nn.static import StaticModel
 from .compressed_tables import compressed_heads, require_compressed, token_tables
 from .new_codes import codes_for
-from .parts import model_parts
+from .parts import holder, model_parts
 from .token_ids import follow_tokens, refuse_dropped
 
 LOGITS_BIAS = "final_logits_bias"
@@ -73,7 +73,8 @@ def packed_tables(model: PreTrainedModel) -> list[AdaptiveCompressedEmbedding]:
     sizes = {name: embedding.num_embeddings for name, embedding in found.items()}
     if len({*sizes.values()}) > 1:
         raise ValueError(
-            f"{type(model).__name__} has compressed tables of several vocabularies, {sizes}: they are fixed"
+            f"{type(model).__name__} has compressed tables of several vocabularies, {sizes}: change those of the "
+            "part that is meant, such as add_tokens(model.language_model, n)"
         )
     return [*found.values()]
 
@@ -111,14 +112,22 @@ def resize(
     logits_bias: Tensor | None = getattr(model, LOGITS_BIAS, None)
     if logits_bias is not None:
         model.register_buffer(LOGITS_BIAS, _resized(logits_bias.T, kept, total).T)
+    _tell_sizes(model, tables, before, total)
+    follow_tokens(model, places)
+
+
+def _tell_sizes(model: PreTrainedModel, tables: list[AdaptiveCompressedEmbedding], before: int, total: int) -> None:
     for _, part in model_parts(model):
         if getattr(part, "vocab_size", None) == before:  # which some losses and routers read
             part.vocab_size = total
+    for embedding in tables:  # parts with tables of their own have configs of their own
+        config = holder(model, embedding).config.get_text_config()
+        if getattr(config, "vocab_size", None) == before:
+            config.vocab_size = total
     text_config = model.config.get_text_config()
     text_config.vocab_size = total
     if hasattr(text_config, "decoder_vocab_size"):
         text_config.decoder_vocab_size = total
-    follow_tokens(model, places)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, kept: Tensor, total: int) -> None:

@@ -128,8 +128,7 @@ class AdaptiveCompressedEmbedding(CodedTable):
     def step(self, fraction: float, show_progress: bool = True) -> None:
         """Tell the module how far training is, between `backward()` and `optimizer.step()`; in all processes together.
 
-        Once an optimizer step: where gradients are accumulated, only after the last `backward()`. Where accelerate
-        accumulates them, it does nothing until then, as accelerate's optimizers do.
+        Once an optimizer step: where gradients are accumulated, only after the last `backward()`.
 
         Collects what was observed, fits the code-book when that ends, sets temperature and price, freezes the lengths
         at `config.select_fraction`, and adds the gradients of the regularisers. Once packed it does nothing. Gradients
@@ -148,8 +147,14 @@ class AdaptiveCompressedEmbedding(CodedTable):
             raise ValueError(f"fraction is the share of training that is done, between 0 and 1; got {fraction!r}")
         fraction = done
         state = self.training_state
-        if state is None or transformers_compat.accumulates():
+        if state is None:
             return
+        if transformers_compat.accumulates():
+            raise ValueError(
+                "accelerate is accumulating gradients: call step where its optimizer takes one, "
+                "if accelerator.sync_gradients: embedding.step(fraction). If a loop of accelerate was left in the "
+                "middle, and this one is none of its: accelerate.state.GradientState._reset_state()"
+            )
         if not state.driven:
             take_from_first(self._tensors())
         self._leave_out_broken_gradients(fraction, state)
@@ -235,13 +240,16 @@ class AdaptiveCompressedEmbedding(CodedTable):
             return learned
         if torch_compat.is_traced():
             return self.decoder().look_up(ids)
-        self.last_weight.end_pass(keep=not self.training)
+        self._end_pass()
         return self._with_all(self.decoder().look_up(ids))
+
+    def _end_pass(self) -> None:
+        self.last_weight.end_pass(keep=not (self.training and torch.is_grad_enabled()))  # training may generate
 
     @torch.compiler.disable(reason=NOT_COMPILED)  # type: ignore[untyped-decorator]  # torch's
     def _look_up_in_training(self, ids: Tensor, state: TrainingState) -> Tensor:
         self.reached = True
-        self.last_weight.end_pass(keep=not self.training)
+        self._end_pass()
         vectors = self.decoder().look_up(ids)
         if state.phase != "select":
             return self._with_all(vectors)

@@ -106,16 +106,22 @@ class CompressedHead(Borrower):
         decoder = self.embedding.decoder()
         if isinstance(decoder, SourceVectors):
             return decoder.score(hidden)
+        if not torch.is_grad_enabled() and self._is_few(hidden):  # generation, in which no code changes
+            with torch.autocast(hidden.device.type, enabled=False):
+                return F.linear(hidden.float(), self.embedding.weight_values().float()).to(hidden.dtype)
         if self.training:  # bits have gradients while they are learned
             return self._many(decoder, hidden)
         return self._scored(decoder, hidden)
 
     def _scored(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         # An exported graph serves any number of positions.
-        if not torch.compiler.is_exporting() and hidden.shape[:-1].numel() >= self.in_features:
+        if not torch.compiler.is_exporting() and not self._is_few(hidden):
             return self._many(decoder, hidden)
         with torch.autocast(hidden.device.type, enabled=False):  # sums in half precision would lose bits
             return self._few(decoder, hidden)
+
+    def _is_few(self, hidden: Tensor) -> bool:
+        return hidden.shape[:-1].numel() < self.in_features
 
     def _many(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         if torch_compat.is_traced():

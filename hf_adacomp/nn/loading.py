@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,14 +11,26 @@ from torch import nn
 from ..codes.packed import PackedCodes
 from ..config import AUTO
 
+logger = logging.getLogger(__name__)
+
 GUARD, EMPTY = "weight", torch.zeros(0)
 """Name of the dense weight. State dicts hold an empty tensor under it: a dense model refuses it, also unstrictly."""
+
+UNITS = "codebook.divided"
+"""Name of an empty tensor beside a packed table: what its code-book learns is divided by the rate, as it was not before
+`format_version` 4. Where the guard is missing, too, somebody has left out what is empty."""
 
 
 def put_guard(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Put the guard into a state dict, but for what transformers loads by: it wants a place for each tensor."""
     if not module.loading:
         state_dict[prefix + GUARD] = EMPTY.clone()
+
+
+def tell_units(table: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Say in a state dict which units its code-book is in; tables of before, unpickled, keep theirs."""
+    if table.packed is not None and not table.loading and table.codebook.rate == table.codebook.packed_rate:
+        state_dict[prefix + UNITS] = torch.zeros(1)[:0]  # with memory: see `guards`
 
 
 def pass_over_guard(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -31,6 +44,7 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
     A table in training refuses a packed one unless it was made anew: its source would be lost.
     """
     name, errors = prefix.rstrip("."), rest[-1]
+    divided = state_dict.pop(prefix + UNITS, None) is not None or prefix + GUARD not in state_dict
     if state_dict.pop(f"{prefix}{GUARD}", EMPTY).numel():
         errors.append(
             f"{name}: the checkpoint holds a dense table, which the compressed one would leave out: load it into the "
@@ -38,6 +52,8 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
         )
     stored = {form for form in ("packed", "training_state") for key in state_dict if key.startswith(f"{prefix}{form}.")}
     learning = table.training_state is not None
+    if learning and "training_state" in stored:  # a training that was begun before it was stored has the same
+        state_dict.setdefault(f"{prefix}training_state.ladder", table.training_state.ladder)
     ladder = state_dict.get(f"{prefix}training_state.ladder")
     fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
     cast = sorted(key for key in fixed & {*state_dict} if state_dict[key].is_floating_point())
@@ -52,9 +68,18 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
         errors.append(f"{cast[0]} is {state_dict[cast[0]].dtype}: codes are integers and cannot be averaged or cast")
     elif "packed" in stored:
         _make_room(table, state_dict, prefix, errors)
+        learned = f"{prefix}codebook.{table.codebook.learned}"
+        if not divided and not table.loading and learned in state_dict:
+            state_dict[learned] = state_dict[learned] / table.codebook.rate
     elif learning and ladder is not None and (lengths := tuple(ladder.tolist())) != table.config.ladder:
         if table.settings.code_lengths == AUTO:  # chosen by counts that this script does not give
             table.offer(table.config.with_ladder(lengths))
+            logger.warning(
+                "%s takes the code lengths that its training began with, %s, with new parameters: make the optimizer "
+                "after this, or compress with AdaCompConfig(code_lengths=%s) first",
+                name or "the table",
+                *[lengths] * 2,
+            )
         else:
             errors.append(
                 f"{name}: the training began with code_lengths={lengths}, and is resumed with {table.config.ladder}: "

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import torch_compat
@@ -21,6 +22,7 @@ class ReadOnly(Tensor):
     """What refuses to be written to; to all other operators it is `plain()`, and its views are read-only, too."""
 
     __torch_function__ = torch_compat.NO_TORCH_FUNCTION
+    lies_on: torch.device  # of one without memory
     _is_hf_initialized = True  # transformers' initialisation passes over it
 
     @classmethod
@@ -28,6 +30,8 @@ class ReadOnly(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch_compat.DEVICE:
+            return args[0].lies_on
         if any(map(_holds, torch_compat.written(func, args, kwargs))):
             raise ValueError(f"{func.overloadpacket} would write into the weight of a compressed table: it {LOST}")
         first = args[0] if args else None

@@ -16,7 +16,7 @@ from ..fitting.warm_start import fit_codebook
 from ..lengths.budget import code_budget
 from .decoding import Decoder, SourceVectors, StaticDecoder
 from .learned_codes import LearnedCodes
-from .loading import check_form, seal_again
+from .loading import check_form, seal_again, tell_units
 from .reading import ReadableTable
 from .training_state import TrainingState
 
@@ -48,6 +48,7 @@ class CodedTable(ReadableTable, nn.Embedding):  # type: ignore[override]  # whos
         self.codebook = _new_codebook(source, config)
         self.training_state: TrainingState | None = TrainingState(source, config)
         self.packed: PackedCodes | None = None
+        self.register_state_dict_post_hook(tell_units)  # type: ignore[no-untyped-call]  # torch's
         self.register_load_state_dict_pre_hook(check_form)  # type: ignore[no-untyped-call]  # torch's
         self.register_load_state_dict_post_hook(seal_again)  # type: ignore[no-untyped-call]  # torch's
 

@@ -24,6 +24,7 @@ from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding, compress, pac
 from hf_adacomp.config import CODEBOOK_DTYPES, FLOAT_DTYPES, FORMAT_VERSION, PLAIN_VERSION
 from hf_adacomp.integration.dense_tables import dense_tables
 from hf_adacomp.integration.layout import sealed
+from hf_adacomp.nn.loading import UNITS
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -107,7 +108,7 @@ def test_file_holds_the_documented_tensors_and_the_reported_bytes(packed_bert, t
     packed_bert.save_pretrained(tmp_path)
     tensors, table = load_file(tmp_path / "model.safetensors"), ours(tmp_path)
     books = {f"codebook.{part}" for part in ("weight", "scale", "bias")}
-    assert table.keys() == {"packed.length_indices", "packed.codes", "weight"} | books
+    assert table.keys() == {"packed.length_indices", "packed.codes", "weight", UNITS} | books
     assert table["weight"].numel() == 0
     assert sum(tensor.nbytes for tensor in table.values()) == size_report(packed_bert).total_bytes
     header = 8 + int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
@@ -346,6 +347,7 @@ def write_plain(folder, rate: float, part: str) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors[PREFIX + part] *= rate
+    tensors.pop(PREFIX + UNITS, None)
     save_file(tensors, file, {"format": "pt"})
 
 

@@ -395,13 +395,15 @@ def test_progress_may_be_a_tensor(embedding):
     assert embedding.phase == "select"
 
 
-def test_a_step_waits_until_accelerate_has_accumulated_gradients(source, config, counts):
+def test_a_step_where_accelerate_accumulates_gradients_is_refused(source, config, counts):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     table = AdaptiveCompressedEmbedding.from_embedding(source, config, counts)
-    seen = []
-    for done in (0.3, 0.5, 0.7, 0.9):
+    for last in (False, True):
         with accelerator.accumulate(table):
             table(torch.tensor([3, 4])).sum().backward()
-            table.step(done, show_progress=False)
-        seen.append(int(table.training_state.progress) / 10**9)
-    assert seen == [-1e-9, 0.5, 0.5, 0.9]
+            if last:
+                table.step(0.5, show_progress=False)
+            else:
+                with pytest.raises(ValueError, match=r"if accelerator.sync_gradients: embedding.step\(fraction\)"):
+                    table.step(0.5)
+    assert table.phase == "encode"

@@ -6,6 +6,7 @@ from conftest import LENGTHS, VOCABULARY, LargestTensor
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+from hf_adacomp.nn.decoding import Decoder
 from hf_adacomp.nn.head import CompressedHead
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
@@ -171,3 +172,26 @@ def test_scores_on_any_device(counts, phase, positions, device):
         assert logits.device == hidden.device
         logits.square().sum().backward()
     assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("progress", [0.3, 0.9])
+def test_generation_decodes_once_until_something_changes(progress, training, config, counts, monkeypatch):
+    table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, 32), config, counts)
+    table.step(progress, show_progress=False)
+    head, made = CompressedHead(table).train(training), []
+    table.train(training)
+    decode = Decoder.table
+    monkeypatch.setattr(Decoder, "table", lambda decoder: made.append(decoder) or decode(decoder))
+    hidden = torch.randn(2, 32)
+    with torch.no_grad():
+        for _ in range(4):
+            table(torch.tensor([3]))
+            found = head(hidden)
+    assert len(made) == 1
+    assert torch.allclose(found, hidden @ table.decoder().table().T, atol=1e-5)
+    table.step(progress + 0.01, show_progress=False)
+    with torch.no_grad():
+        assert torch.allclose(head(hidden), hidden @ table.decoder().table().T, atol=1e-5)
+    table(torch.tensor([3]))
+    assert training == (table.last_weight._kept is None)

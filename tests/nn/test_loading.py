@@ -1,6 +1,7 @@
 """What a table takes from a state dict, and what it refuses."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from conftest import LENGTHS, VOCABULARY
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+from hf_adacomp.config import CODEBOOK_DTYPES
+from hf_adacomp.nn.loading import UNITS
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 DIM = 32
@@ -88,14 +91,49 @@ def test_a_training_with_other_code_lengths_is_told_of(table, config, counts, de
         other.load_state_dict(table.state_dict(), strict=False)
 
 
-def test_a_training_without_the_counts_it_began_with_takes_its_lengths(config, counts, device):
+def test_a_training_without_the_counts_it_began_with_takes_its_lengths(config, counts, device, caplog):
     config.code_lengths = "auto"
     source = nn.Embedding(VOCABULARY, DIM, device=device)
     begun = AdaptiveCompressedEmbedding.from_embedding(source, config, (counts**4).to(device))
     begun.step(0.9, show_progress=False)
     resumed = AdaptiveCompressedEmbedding.from_embedding(source, config)
     assert resumed.config.ladder != begun.config.ladder
-    resumed.load_state_dict(begun.state_dict())
+    with caplog.at_level(logging.WARNING, "hf_adacomp"):
+        resumed.load_state_dict(begun.state_dict())
+    assert "make the optimizer after this" in caplog.text
     for table in (begun, resumed):
         table.pack()
     assert torch.equal(resumed.weight_values(), begun.weight_values())
+
+
+@pytest.mark.parametrize("storage", CODEBOOK_DTYPES)
+def test_a_packed_state_of_the_format_before_is_divided(storage, counts):
+    config = AdaCompConfig(LENGTHS, target_ratio=2, codebook_dtype=storage)
+    table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, DIM), config, counts)
+    table.pack()
+    before = {name: tensor.clone() for name, tensor in table.state_dict().items()}
+    assert before.pop(UNITS).numel() == 0
+    before[f"codebook.{table.codebook.learned}"] *= table.codebook.rate
+    for other in (AdaptiveCompressedEmbedding(VOCABULARY, DIM, table.config), copy.deepcopy(table)):
+        other.load_state_dict(before)
+        assert torch.equal(other.weight_values(), table.weight_values())
+
+
+def test_a_training_state_of_the_format_before_is_taken(table):
+    before = table.state_dict()
+    del before["training_state.ladder"]
+    table.load_state_dict(before)
+
+
+def test_a_packed_table_of_before_keeps_its_units(table):
+    """As it comes out of a pickled model."""
+    table.pack()
+    expected = table.weight_values().clone()
+    with torch.no_grad():
+        table.codebook.divide_by_rate()
+        getattr(table.codebook, table.codebook.learned).mul_(table.codebook.rate**2)
+    table.codebook.rate = 1.0
+    assert UNITS not in table.state_dict()
+    again = AdaptiveCompressedEmbedding(VOCABULARY, DIM, table.config, table.padding_idx)
+    again.load_state_dict(table.state_dict())
+    assert torch.equal(again.to(expected.device).weight_values(), expected)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import VOCABULARY
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 from transformers import initialization
@@ -108,3 +109,14 @@ def test_its_data_cannot_be_set(packed):
 def test_pruning_is_refused(packed):
     with pytest.raises(ValueError, match=r"cannot become 'weight_orig'.*decompress"):
         prune.l1_unstructured(packed, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("take", [lambda weight: weight, lambda weight: weight.detach(), lambda weight: weight[2:9]])
+def test_memory_that_is_not_there_is_not_taken(packed, take, tmp_path):
+    """A look-up in what took it would end the process."""
+    other = nn.Embedding(VOCABULARY, 32)
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        other.weight.data = take(packed.weight)
+    assert other(torch.tensor([3])).shape == (1, 32)
+    with pytest.raises(ValueError, match=r"no memory to be saved.*weight.detach\(\).clone\(\)"):
+        save_file({"weight": take(packed.weight)}, tmp_path / "weight.safetensors")
