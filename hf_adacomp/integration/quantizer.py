@@ -99,7 +99,8 @@ class AdaCompHfQuantizer(HfQuantizer):
             self._checksums[new] = layout["tensor_checksums"]
         _set_loading(model, True)
         # Those of the file, too: it may be that of a model with a head, or without.
-        transformers_compat.expect_in_files(model, [*guards(model), *empty])
+        units = [f"{name}.{UNITS}" for name in compressed_embeddings(model)]
+        transformers_compat.expect_in_files(model, [*guards(model), *units, *empty])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:

@@ -17,6 +17,8 @@ from transformers import (
     BertModel,
     EncoderDecoderModel,
     PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -242,6 +244,28 @@ def test_a_whole_with_a_config_of_its_own_saves_parts(bert, config, counts, ids,
     whole.encoder = pack(compress(bert.bert, config, counts))
     pack(whole).save_pretrained(tmp_path)
     assert close(Whole.from_pretrained(tmp_path)(ids), whole(ids))
+
+
+class WholeOfT5(PreTrainedModel):
+    """Around a part that has its table in two places."""
+
+    config_class = T5Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = T5EncoderModel(config)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.encoder(input_ids).last_hidden_state
+
+
+def test_a_whole_saves_a_part_whose_table_is_shared(config, counts, ids, tmp_path):
+    settings = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+    whole = WholeOfT5(settings).eval()
+    compress(whole.encoder, config, counts)
+    pack(whole).save_pretrained(tmp_path)
+    assert close(WholeOfT5.from_pretrained(tmp_path)(ids), whole(ids))
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -279,6 +279,9 @@ def test_with_the_plugin_guards_are_not_reported(packed_bert, tmp_path):
     assert not report["unexpected_keys"]
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
+    given = {"config": packed_bert.config, "state_dict": packed_bert.state_dict(), "output_loading_info": True}
+    _, report = BertForSequenceClassification.from_pretrained(None, **given)
+    assert not report["unexpected_keys"]
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 from architectures import TIED, UNTIED, logits, packed
-from conftest import VOCABULARY, close, tiny_bert_config
+from conftest import VOCABULARY, close, same_state, tiny_bert_config
 from transformers import (
     BertLMHeadModel,
     BertModel,
@@ -15,6 +15,9 @@ from transformers import (
     EncoderDecoderModel,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    OPTConfig,
     PreTrainedModel,
 )
 
@@ -187,3 +190,20 @@ def test_the_size_that_it_has_is_no_change_in_training_either(bert, config, coun
     assert bert.resize_token_embeddings() is bert.resize_token_embeddings(VOCABULARY) is table
     with pytest.raises(ValueError, match="cannot change while its codes are trained"):
         bert.resize_token_embeddings(VOCABULARY + 1)
+
+
+def test_configs_of_parts_with_tables_of_their_own_follow(config, counts, tmp_path):
+    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = InstructBlipConfig(
+        vision_config={**small, "intermediate_size": 48, "image_size": 8, "patch_size": 4},
+        qformer_config={**small, "intermediate_size": 48, "encoder_hidden_size": 32, "max_position_embeddings": 16},
+        text_config=OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=16).to_dict(),
+        num_query_tokens=4,
+        image_token_index=5,
+    )
+    model = pack(compress(InstructBlipForConditionalGeneration(settings), config, counts))
+    model.resize_token_embeddings(VOCABULARY + 8)
+    model.save_pretrained(tmp_path)
+    loaded = InstructBlipForConditionalGeneration.from_pretrained(tmp_path)
+    assert same_state(loaded, model)
+    assert loaded.config.qformer_config.vocab_size == loaded.config.text_config.vocab_size == VOCABULARY + 8
