@@ -147,7 +147,8 @@ class AdaCompHfQuantizer(HfQuantizer):
             check_values(name, embedding)
             refuse_changed(name, embedding, state)
         self.note_tables(model)
-        return {**state, **guards(model)}, {}
+        units = {name: torch.zeros(1)[:0] for name in state if name.endswith(f".{UNITS}")}  # with memory, as guards
+        return {**state, **units, **guards(model)}, {}
 
     def note_tables(self, model: PreTrainedModel) -> None:
         """Note the layouts of the tables as they are now in the config that is saved."""

@@ -106,7 +106,8 @@ class CompressedHead(Borrower):
         decoder = self.embedding.decoder()
         if isinstance(decoder, SourceVectors):
             return decoder.score(hidden)
-        if not torch.is_grad_enabled() and self._is_few(hidden):  # generation, in which no code changes
+        if self.training and not torch.is_grad_enabled() and self._is_few(hidden):
+            # Texts that a training generates: decoded once for all their tokens. Eval mode sums as packed tables do.
             with torch.autocast(hidden.device.type, enabled=False):
                 return F.linear(hidden.float(), self.embedding.weight_values().float()).to(hidden.dtype)
         if self.training:  # bits have gradients while they are learned

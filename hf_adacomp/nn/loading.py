@@ -30,7 +30,7 @@ def put_guard(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> N
 def tell_units(table: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Say in a state dict which units its code-book is in; tables of before, unpickled, keep theirs."""
     if table.packed is not None and not table.loading and table.codebook.rate == table.codebook.packed_rate:
-        state_dict[prefix + UNITS] = torch.zeros(1)[:0]  # with memory: see `guards`
+        state_dict[prefix + UNITS] = EMPTY.clone()
 
 
 def pass_over_guard(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

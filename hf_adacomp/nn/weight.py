@@ -160,17 +160,13 @@ class DecodedWeight(ReadOnly):
         self._table.requires_grad_(requires_grad)
         return self
 
-    def data_ptr(self) -> int:
-        """Refused, as all that asks for memory: savers do."""
+    def storage(self) -> Any:
+        """Refused: what saves a tensor asks for its memory."""
         raise ValueError(f"the weight of a compressed table has no memory to be saved or shared: it {LOST}")
 
-    def storage(self) -> Any:
-        """As `data_ptr`."""
-        return self.data_ptr()
-
     def untyped_storage(self) -> Any:
-        """As `data_ptr`."""
-        return self.data_ptr()
+        """As `storage`."""
+        return self.storage()
 
     def is_whole(self, weight: Any) -> bool:
         """Whether this is all of a table, and the same as another weight."""
