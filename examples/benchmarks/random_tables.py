@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
 from hf_adacomp.codes import bits as bit_format
 from hf_adacomp.codes.packed import PackedCodes
+from hf_adacomp.integration.attachment import attach
 from hf_adacomp.integration.dense_tables import dense_tables
 from hf_adacomp.integration.layout import empty_table
-from hf_adacomp.integration.quantizer import AdaCompHfQuantizer, attach
+from hf_adacomp.integration.quantizer import AdaCompHfQuantizer
 from hf_adacomp.integration.surgery import put
 
 LENGTHS, SHARES = (16, 64, 256), (0.4, 0.5, 0.1)

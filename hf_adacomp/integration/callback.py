@@ -10,10 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .. import transformers_compat
 from ..nn.embedding import AdaptiveCompressedEmbedding
+from .attachment import attach_whole
 from .checkpoint import unfinished_checkpoints
 from .compressed_tables import compressed_embeddings, keep_from_broadcasts, require_compressed
 from .parts import named_modules
-from .quantizer import attach_whole
 from .sentence import give_save
 from .sizes import size_report
 

@@ -13,10 +13,11 @@ from .. import transformers_compat
 from ..config import AdaCompConfig, checked_config
 from ..lengths.budget import TargetRatioError
 from ..nn.static import StaticModel
+from .attachment import attach, attach_whole, refuse_quantized
 from .compressed_tables import compressed_models, keep_from_broadcasts, require_compressed
 from .integrity import refuse_training
 from .parts import named_modules, transformers_models
-from .quantizer import AdaCompHfQuantizer, attach, attach_whole, detach, refuse_quantized
+from .quantizer import AdaCompHfQuantizer, detach
 from .sentence import (
     give_save,
     is_sentence_model,

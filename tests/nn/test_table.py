@@ -3,7 +3,7 @@ import torch
 from conftest import LENGTHS, VOCABULARY
 from torch import nn
 
-from hf_adacomp import AdaptiveCompressedEmbedding
+from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 DIM = 32
@@ -83,3 +83,32 @@ def test_what_the_user_draws_next_stays_the_same(config):
     state = torch.get_rng_state()
     AdaptiveCompressedEmbedding.from_embedding(embedding, config)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_fit_does_not_hang_on_the_default_dtype(counts, dtype):
+    """Scripts set it to build models in half precision."""
+    source = nn.Embedding(VOCABULARY, 32)
+    expected = AdaptiveCompressedEmbedding.from_embedding(source, AdaCompConfig(target_ratio=10), counts)
+    torch.set_default_dtype(dtype)
+    try:
+        found = AdaptiveCompressedEmbedding.from_embedding(source, AdaCompConfig(target_ratio=10), counts)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.config == expected.config
+    assert torch.equal(found.code_lengths(), expected.code_lengths())
+    assert torch.allclose(found.eval().weight + 0, expected.eval().weight + 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_vectors_in_half_precision_are_fitted_as_in_float32(counts, dtype):
+    config = AdaCompConfig((4, 16), target_ratio=4)
+    weight = torch.randn(VOCABULARY, 32) * 0.002
+    errors = []
+    for kind in (torch.float32, dtype):
+        table = AdaptiveCompressedEmbedding.from_embedding(
+            nn.Embedding.from_pretrained(weight.to(kind)), config, counts
+        )
+        table.pack()
+        errors.append(float((table.weight.detach().float() - weight).square().sum() / weight.square().sum()))
+    assert errors[1] < 1.1 * errors[0] < 1
