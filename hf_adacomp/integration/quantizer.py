@@ -67,9 +67,15 @@ class AdaCompHfQuantizer(HfQuantizer):
         if stored is not None:
             check_tables(self.quantization_config.tables, stored)
         empty = [name for name, found in (stored or {}).items() if found.shape == EMPTY.shape]
-        self._undivided = self.quantization_config.format_version == PLAIN_VERSION
-        if empty:  # which some programs leave out; then the config must tell
-            self._undivided = not any(name.endswith(f".{UNITS}") for name in empty)
+        divided = any(name.endswith(f".{UNITS}") for name in empty)
+        self._undivided = self.quantization_config.format_version == PLAIN_VERSION and not divided
+        packed = [name for name, layout in self.quantization_config.tables.items() if layout.get("tokens_per_length")]
+        if empty and packed and not divided and not self._undivided:  # some programs leave out what is empty
+            raise ValueError(
+                f"the file lacks the empty tensor {packed[0]}.{UNITS}, which files of format_version={FORMAT_VERSION} "
+                f"have: it is damaged, or of format_version={PLAIN_VERSION} and loaded with the config of another "
+                "model. Leave out config=..., or copy or download it again"
+            )
         for stored_name, layout in self.quantization_config.tables.items():
             check_layout(stored_name, layout, self.quantization_config)
             if layout["tokens_per_length"] is None and self.quantization_config.format_version == PLAIN_VERSION:

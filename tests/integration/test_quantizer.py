@@ -371,6 +371,13 @@ def test_files_of_the_format_before_are_read_and_saved_anew(codebook_dtype, bert
     assert config["quantization_config"]["format_version"] == FORMAT_VERSION
 
 
+def test_a_file_of_the_format_before_under_the_config_of_this_is_refused(packed_bert, tmp_path):
+    packed_bert.save_pretrained(tmp_path)
+    write_plain(tmp_path, packed_bert.get_input_embeddings().codebook.rate, "codebook.scale")
+    with pytest.raises(ValueError, match=r"lacks the empty tensor .*codebook.divided.*Leave out config="):
+        BertForSequenceClassification.from_pretrained(tmp_path, config=packed_bert.config)
+
+
 def test_a_training_of_the_format_before_is_refused(bert, config, counts, tmp_path):
     model = compress(bert, config, counts)
     model.get_input_embeddings().step(0.9, show_progress=False)

@@ -63,7 +63,7 @@ def test_dense_checkpoints_are_refused(table, form):
 
 def test_a_packed_table_takes_other_codes_of_its_lengths(table, config, counts, device):
     other = AdaptiveCompressedEmbedding.from_embedding(
-        nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device), config, counts.flip(0).to(device)
+        nn.Embedding(VOCABULARY, DIM, padding_idx=0, device=device), config, torch.ones_like(counts).to(device)
     )
     for packed in (table, other):
         packed.pack()
