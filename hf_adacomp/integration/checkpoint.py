@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import transformers_compat
-from ..nn.loading import GUARD
+from ..config import FORMAT_VERSION, PLAIN_VERSION
+from ..nn.loading import GUARD, UNITS
 from .dense_tables import same_table
 
 DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
@@ -93,6 +94,27 @@ def check_stored(name: str, expected: Mapping[str, Tensor], stored: Mapping[str,
                 f"{full} must be {' or '.join(dtypes)} of shape {tuple(tensor.shape)} by the config; the file holds "
                 f"{found.dtype} of shape {found.shape}"
             )
+
+
+def is_undivided(packed: Sequence[str], empty: Sequence[str], version: int) -> bool:
+    """Whether the code-books of a file are in the units of `PLAIN_VERSION`.
+
+    Args:
+        packed: Names of its packed tables.
+        empty: Names of its empty tensors. Some programs leave them all out; then the version must do.
+        version: `format_version` of the config that it is loaded with.
+
+    Raises:
+        ValueError: If only the tensor is missing that tells the units of this version.
+    """
+    told = any(name.endswith(f".{UNITS}") for name in empty)
+    if empty and packed and not told and version != PLAIN_VERSION:
+        raise ValueError(
+            f"the file lacks the empty tensor {packed[0]}.{UNITS}, which files of format_version={FORMAT_VERSION} "
+            f"have: it is damaged, or of format_version={PLAIN_VERSION} and loaded with the config of another "
+            "model. Leave out config=..., or copy or download it again"
+        )
+    return version == PLAIN_VERSION and not told
 
 
 def _refuse_dense(name: str, stored: Mapping[str, Stored]) -> None:

@@ -15,7 +15,7 @@ from ..config import FORMAT_VERSION, PLAIN_VERSION, QUANT_METHOD, AdaCompConfig
 from ..nn.loading import EMPTY, UNITS
 from ..nn.reading import WeightFromCodes
 from ..nn.static import StaticModel
-from .checkpoint import check_stored, check_tables, stored_tensors
+from .checkpoint import check_stored, check_tables, is_undivided, stored_tensors
 from .compressed_tables import compressed_embeddings, compressed_heads, keep_from_broadcasts, untied_heads
 from .dense_tables import matching_table
 from .integrity import (
@@ -67,15 +67,8 @@ class AdaCompHfQuantizer(HfQuantizer):
         if stored is not None:
             check_tables(self.quantization_config.tables, stored)
         empty = [name for name, found in (stored or {}).items() if found.shape == EMPTY.shape]
-        divided = any(name.endswith(f".{UNITS}") for name in empty)
-        self._undivided = self.quantization_config.format_version == PLAIN_VERSION and not divided
         packed = [name for name, layout in self.quantization_config.tables.items() if layout.get("tokens_per_length")]
-        if empty and packed and not divided and not self._undivided:  # some programs leave out what is empty
-            raise ValueError(
-                f"the file lacks the empty tensor {packed[0]}.{UNITS}, which files of format_version={FORMAT_VERSION} "
-                f"have: it is damaged, or of format_version={PLAIN_VERSION} and loaded with the config of another "
-                "model. Leave out config=..., or copy or download it again"
-            )
+        self._undivided = is_undivided(packed, empty, self.quantization_config.format_version)
         for stored_name, layout in self.quantization_config.tables.items():
             check_layout(stored_name, layout, self.quantization_config)
             if layout["tokens_per_length"] is None and self.quantization_config.format_version == PLAIN_VERSION:

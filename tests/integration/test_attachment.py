@@ -24,11 +24,11 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 class Whole(PreTrainedModel):
     """A user's model around one of transformers, with a config of its own."""
 
-    config_class = BertConfig
+    config_class, part_class = BertConfig, BertModel
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = BertModel(config)
+        self.encoder = self.part_class(config)
         self.post_init()
 
     def forward(self, input_ids):
@@ -65,18 +65,10 @@ def test_a_whole_with_a_config_of_its_own_saves_parts(bert, config, counts, ids,
     assert close(Whole.from_pretrained(tmp_path)(ids), whole(ids))
 
 
-class WholeOfT5(PreTrainedModel):
+class WholeOfT5(Whole):
     """Around a part that has its table in two places."""
 
-    config_class = T5Config
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.encoder = T5EncoderModel(config)
-        self.post_init()
-
-    def forward(self, input_ids):
-        return self.encoder(input_ids).last_hidden_state
+    config_class, part_class = T5Config, T5EncoderModel
 
 
 def test_a_whole_saves_a_part_whose_table_is_shared(config, counts, ids, tmp_path):
