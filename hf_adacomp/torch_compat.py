@@ -99,8 +99,10 @@ def _seen(tensor: Tensor) -> Any:
 
 
 def _is_same(seen: Any, tensor: Tensor) -> bool:
-    if not isinstance(seen, Tensor) or not isinstance(tensor, nn.Parameter):
-        return not isinstance(seen, Tensor) and bool(seen == _seen(tensor))
+    if isinstance(seen, Tensor) != isinstance(tensor, nn.Parameter):
+        return False
+    if not isinstance(seen, Tensor):
+        return bool(seen == _seen(tensor))
     alike = (seen.dtype, seen.device) == (tensor.dtype, tensor.device) and not seen.is_meta
     return alike and torch.equal(seen, tensor)
 

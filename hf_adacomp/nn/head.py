@@ -103,16 +103,17 @@ class CompressedHead(Borrower):
 
     @torch.compiler.disable(reason=NOT_COMPILED)  # type: ignore[untyped-decorator]  # torch's
     def _score_in_training(self, hidden: Tensor) -> Tensor:
-        decoder = self.embedding.decoder()
+        table = self.embedding
+        generates = self.training and not torch.is_grad_enabled() and self._is_few(hidden)
+        if generates and table.phase != "observe":
+            # Decoded once for all tokens of a text. Eval mode sums as packed tables do.
+            with torch.autocast(hidden.device.type, enabled=False):
+                return F.linear(hidden.float(), table.weight_values().float()).to(hidden.dtype)
+        decoder = table.decoder()
         if isinstance(decoder, SourceVectors):
             return decoder.score(hidden)
-        if self.training and not torch.is_grad_enabled() and self._is_few(hidden):
-            # Texts that a training generates: decoded once for all their tokens. Eval mode sums as packed tables do.
-            with torch.autocast(hidden.device.type, enabled=False):
-                return F.linear(hidden.float(), self.embedding.weight_values().float()).to(hidden.dtype)
-        if self.training:  # bits have gradients while they are learned
-            return self._many(decoder, hidden)
-        return self._scored(decoder, hidden)
+        score = self._many if self.training else self._scored  # bits have gradients while they are learned
+        return score(decoder, hidden)
 
     def _scored(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         # An exported graph serves any number of positions.

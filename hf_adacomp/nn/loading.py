@@ -52,9 +52,6 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
         )
     stored = {form for form in ("packed", "training_state") for key in state_dict if key.startswith(f"{prefix}{form}.")}
     learning = table.training_state is not None
-    if learning and "training_state" in stored:  # a training that was begun before it was stored has the same
-        state_dict.setdefault(f"{prefix}training_state.ladder", table.training_state.ladder)
-    ladder = state_dict.get(f"{prefix}training_state.ladder")
     fixed = {f"{prefix}{key}" for key, buffer in table.named_buffers() if not buffer.is_floating_point()}
     cast = sorted(key for key in fixed & {*state_dict} if state_dict[key].is_floating_point())
     if stored and ("packed" in stored) == learning and not (learning and table.anew):
@@ -71,20 +68,8 @@ def check_form(table: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) 
         learned = f"{prefix}codebook.{table.codebook.learned}"
         if not divided and not table.loading and learned in state_dict:
             state_dict[learned] = state_dict[learned] / table.codebook.rate
-    elif learning and ladder is not None and (lengths := tuple(ladder.tolist())) != table.config.ladder:
-        if table.settings.code_lengths == AUTO:  # chosen by counts that this script does not give
-            table.offer(table.config.with_ladder(lengths))
-            logger.warning(
-                "%s takes the code lengths that its training began with, %s, with new parameters: make the optimizer "
-                "after this, or compress with AdaCompConfig(code_lengths=%s) first",
-                name or "the table",
-                *[lengths] * 2,
-            )
-        else:
-            errors.append(
-                f"{name}: the training began with code_lengths={lengths}, and is resumed with {table.config.ladder}: "
-                f"compress with AdaCompConfig(code_lengths={lengths}), or start anew"
-            )
+    elif learning and stored:
+        _check_ladder(table, state_dict, prefix, errors)
 
 
 def seal_again(table: Any, _: Any) -> None:
@@ -108,3 +93,25 @@ def _make_room(table: Any, state_dict: dict[str, Any], prefix: str, errors: list
         table.become_packed(packed)
     elif packed.tokens_per_length != table.packed.tokens_per_length:
         table.packed = packed
+
+
+def _check_ladder(table: Any, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
+    """Refuse a training with other code lengths, unless they are chosen by counts: then take over those of the file."""
+    state, name = table.training_state, prefix.rstrip(".")
+    ladder = state_dict.setdefault(f"{prefix}training_state.ladder", state.ladder)  # of before it was stored: the same
+    lengths = tuple(ladder.tolist())
+    if lengths == table.config.ladder:
+        return
+    if table.settings.code_lengths == AUTO:  # chosen by counts that this script does not give
+        table.offer(table.config.with_ladder(lengths))
+        logger.warning(
+            "%s takes the code lengths that its training began with, %s, with new parameters: make the optimizer "
+            "after this, or compress with AdaCompConfig(code_lengths=%s) first",
+            name or "the table",
+            *[lengths] * 2,
+        )
+    else:
+        errors.append(
+            f"{name}: the training began with code_lengths={lengths}, and is resumed with {table.config.ladder}: "
+            f"compress with AdaCompConfig(code_lengths={lengths}), or start anew"
+        )
