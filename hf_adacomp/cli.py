@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ HELD_OUT, HELD_OUT_EVERY = 256, 10
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failure told in one line, 2 for wrong usage."""
     args = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every console has all characters of a vocabulary
     try:
         args.run(args)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
@@ -173,7 +176,7 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.json:
         figures = {**asdict(size), "total_bytes": size.total_bytes, "ratio": size.ratio}
         figures |= {"bits_per_token": size.bits_per_token, "longest": [row._asdict() for row in longest]}
-        print(json.dumps(figures, indent=2, ensure_ascii=False))
+        print(json.dumps(figures, indent=2))
         return
     print(f"{size}\n\nlongest codes, late tokens first\n{'id':>8}  {'bits':>5}  token")
     for row in longest:

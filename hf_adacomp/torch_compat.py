@@ -18,29 +18,41 @@ def as_float64(tensor: Tensor) -> Tensor:
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
-class KeptDtype(nn.Module):
-    """A module whose floats keep their dtype when a model is cast: `model.to(torch.bfloat16)` moves it, no more.
+class Movable(nn.Module):
+    """A module that learns that it was moved or cast: what it keeps beside its tensors would stay behind.
 
     Every cast and move goes through `_apply`; there is no public way to take part.
     """
+
+    def moved(self) -> None:
+        """Called after each cast and move."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Movable:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        self.moved()
+        return self
+
+
+class KeptDtype(Movable):
+    """A module whose floats keep their dtype when a model is cast: `model.to(torch.bfloat16)` moves it, no more."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptDtype:
         def kept(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # torch's
+        super()._apply(kept, recurse)
         return self
 
 
-class KeptBuffers(nn.Module):
+class KeptBuffers(Movable):
     """A module some of whose buffers keep their dtype when a model is cast, as all floats of a `KeptDtype` do."""
 
     kept_buffers: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptBuffers:
         before = {name: self._buffers[name] for name in self.kept_buffers if name in self._buffers}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        super()._apply(fn, recurse)
         for name, old in before.items():
             moved = self._buffers[name]
             if old is not None and moved is not None and moved.dtype != old.dtype:
@@ -71,6 +83,11 @@ HOOKS = (
 def hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
     """Have a module call the hooks of another, whose handles remove them from both."""
     new.__dict__.update({name: old.__dict__[name] for name in HOOKS})
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether `nn.DataParallel` made a module, for one forward pass."""
+    return getattr(module, "_is_replica", False)
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:

@@ -30,11 +30,11 @@ DENSE_TIES = "_dense_ties"
 
 
 def register_quant_method(name: str, config_class: type, quantizer_class: type) -> None:
-    """Make a `quant_method` known. The decorators that do it raise when a module is imported twice."""
-    if name not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(name)(config_class)
-    if name not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(name)(quantizer_class)
+    """Make a `quant_method` known, also to a package that is imported anew: the decorators that do it raise then."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(name, None)
+    AUTO_QUANTIZER_MAPPING.pop(name, None)
+    register_quantization_config(name)(config_class)
+    register_quantizer(name)(quantizer_class)
 
 
 def quantizer_of(model: nn.Module) -> Any:

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_adacomp import AdaptiveCompressedEmbedding
 from hf_adacomp.cli import main
+from hf_adacomp.reports.tokens import TokenRow
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -106,6 +108,16 @@ def test_inspect_prints_sizes_and_tokens(packed, capsys):
     printed = capsys.readouterr().out
     assert "code-books" in printed
     assert figures["longest"][0]["token"] in printed
+
+
+def test_a_console_that_lacks_characters_shows_their_numbers(packed, monkeypatch):
+    console = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", console)
+    monkeypatch.setattr("hf_adacomp.cli.token_table", lambda *_: [TokenRow("\u5b57", 7, None, 16)])
+    for options in ([], ["--json"]):
+        assert main(["inspect", str(packed), *options]) == 0
+    console.flush()
+    assert console.buffer.getvalue().count(b"\\u5b57") == 2
 
 
 def test_plot_draws(packed, text, tmp_path):

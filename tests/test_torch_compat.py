@@ -28,6 +28,27 @@ def test_kept_dtype(device):
     assert module.to_empty(device=device)[0].learned.device == device
 
 
+def test_movable():
+    class Movable(torch_compat.Movable):
+        moves = 0
+
+        def moved(self):
+            self.moves += 1
+
+    class Kept(Movable, torch_compat.KeptDtype):
+        pass
+
+    model = nn.Sequential(Movable(), nn.Sequential(Kept()))
+    model.to("cpu").double()
+    assert [model[0].moves, model[1][0].moves] == [2, 2]
+
+
+def test_is_replica():
+    module = nn.Linear(2, 2)
+    assert not torch_compat.is_replica(module)
+    assert torch_compat.is_replica(module._replicate_for_data_parallel())
+
+
 def test_spare_broadcasts():
     model = nn.Module()
     for name in ("ours", "others", "theirs"):

@@ -21,8 +21,11 @@ def test_register_quant_method():
     class Quantizer(HfQuantizer):
         pass
 
-    for _ in range(2):  # a second time is harmless
-        transformers_compat.register_quant_method("test-method", Config, Quantizer)
+    class Older(HfQuantizer):
+        pass
+
+    for quantizer in (Older, Quantizer):  # the last import of a package counts
+        transformers_compat.register_quant_method("test-method", Config, quantizer)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING.pop("test-method") is Config
     assert AUTO_QUANTIZER_MAPPING.pop("test-method") is Quantizer
 

@@ -66,9 +66,10 @@ class Encoder(NamedTuple):
         """The same in codes of each vector's own length, at most the longest: (N, d), (N,) -> (N, longest), then 0."""
         with torch.autocast(x.device.type, enabled=False):  # it cannot mix two half precisions
             bits = x.new_zeros(len(x), longest)
-            for length in lengths.unique().tolist():
-                own = (lengths == length).nonzero().squeeze(1)
-                bits = bits.index_copy(0, own, F.pad(self.encode(x[own], length), (0, longest - length)))
+            groups = lengths.argsort(stable=True).split(lengths.bincount(minlength=1).tolist())
+            for length, own in enumerate(groups):
+                if len(own):
+                    bits = bits.index_copy(0, own, F.pad(self.encode(x[own], length), (0, longest - length)))
             return bits
 
 
@@ -130,9 +131,11 @@ class BinaryCodebook(torch_compat.KeptBuffers):
         """The code-book as it will be stored; gradients reach `weight` (`scale` once packed as integers) and `bias`.
 
         Rounds or unpacks all code vectors: call it once a forward pass. Packed, in eval mode and without gradients the
-        floats are kept, until training begins or a tensor is another.
+        floats are kept, until training begins or a tensor is another; on the CPU alone, since to ask whether one is
+        would wait for a device.
         """
-        if not self.packed or self.training or torch.is_grad_enabled() or torch_compat.is_traced():
+        learns = self.training or torch.is_grad_enabled()
+        if not self.packed or learns or torch_compat.is_traced() or self.bias.device.type != "cpu":
             self._kept = None
             return self._decoded()
         tensors = (self.weight, self.bias, self.scale if self.integer_bits else self.bias)
@@ -146,6 +149,10 @@ class BinaryCodebook(torch_compat.KeptBuffers):
         """Bytes of the float code vectors that are kept now."""
         kept = self._kept
         return 0 if kept is None else kept[1].vectors.nbytes
+
+    def moved(self) -> None:
+        """Floats that were kept are let go."""
+        self._kept = None
 
     def train(self, mode: bool = True) -> BinaryCodebook:
         """As in `nn.Module`; floats that were kept are let go."""
@@ -199,9 +206,18 @@ class BinaryCodebook(torch_compat.KeptBuffers):
         return 8 * max(1, BITS_PER_BLOCK // (8 * max(self.length, self.dim)))
 
     @torch.no_grad()
-    def set_vectors(self, vectors: Tensor) -> None:
-        """Take over code vectors, (L, d)."""
+    def take_over(self, vectors: Tensor, bias: Tensor) -> None:
+        """Take over code vectors, (L, d), and bias, (d,); ValueError if they are too large for how they are stored."""
+        kinds = {self.weight.dtype, FLOAT_DTYPES.get(self.storage, self.weight.dtype)}
+        most = min(torch.finfo(kind).max for kind in kinds) * self.rate / 2
+        if not (largest := float(torch.cat([vectors, bias[None]]).abs().max())) <= most:
+            raise ValueError(
+                f"the code-book of this table has entries of up to {largest:g}, and codebook_dtype={self.storage!r} in "
+                f"a model of {self.weight.dtype} holds {most:g}: rescale the table, or compress it in float32 with "
+                "codebook_dtype='int8'"
+            )
         self.weight.copy_(vectors / self.rate)
+        self.bias.copy_(bias)
 
     def orthogonality(self) -> Tensor:
         """`|C C^T / s - I|^2 / L`, s the mean squared norm of the code vectors: 0 when they are orthonormal."""
@@ -212,19 +228,21 @@ class BinaryCodebook(torch_compat.KeptBuffers):
 
     def pack(self) -> None:
         """Drop the encoder; with integer storage replace the float code vectors by integers with trainable scales."""
+        vectors, rate = self.rate * self.weight.data, self.packed_rate
+        if self.integer_bits:
+            integers, scale = quantize_rows(vectors, self.integer_bits)
+            learned = nn.Parameter(scale / rate, self.weight.requires_grad)
+            stored = integers if self.integer_bits == 8 else pack_nibbles(integers)
+            # Nothing fails from here on: an interrupted `pack` can be called again.
+            del self.weight
+            self.register_buffer("weight", stored)
+            self.scale = learned
+        else:
+            self.weight.data = vectors / rate
         del self.encoder_bias, self.encoder_scale
         if not self.tied:
             del self.encoder_weight
-        vectors, self.rate = self.rate * self.weight.data, self.packed_rate
-        if self.integer_bits:
-            integers, scale = quantize_rows(vectors, self.integer_bits)
-            trains = self.weight.requires_grad
-            del self.weight
-            self.register_buffer("weight", integers if self.integer_bits == 8 else pack_nibbles(integers))
-            self.scale = nn.Parameter(scale / self.rate, trains)
-        else:
-            self.weight.data = vectors / self.rate
-        self.packed = True
+        self.rate, self.packed = rate, True
 
     @torch.no_grad()
     def divide_by_rate(self) -> None:

@@ -111,9 +111,10 @@ class PackedCodes(KeptDtype):
 
     def order(self) -> Tensor:
         """All tokens by code length, and by id where it is the same, int64 (V,): the order of `codes`."""
-        if self._order is None or self._order.device != self.codes.device:
-            self._order = self.assignment().argsort(stable=True).to(torch.int32)
-        return self._order.to(torch.int64)
+        order = self._order  # once: other threads may let go of it
+        if order is None:
+            order = self._order = self.assignment().argsort(stable=True).to(torch.int32)
+        return order.to(torch.int64)
 
     def places(self) -> Tensor:
         """Where every token's code is in the order of `codes`, int64 (V,); no sort, which exporters do not know."""
@@ -130,12 +131,17 @@ class PackedCodes(KeptDtype):
         if torch_compat.is_traced():
             lengths, inside = self._locate(tokens)
             return lengths, self._starts(lengths, inside)
-        if self._located is None or self._located[0].device != self.codes.device:
+        located = self._located  # once, as above
+        if located is None:
             lengths, inside = self._locate_all()
             small = 8 * len(self.codes) < torch.iinfo(torch.int32).max
-            self._located = lengths, self._starts(lengths, inside).to(torch.int32 if small else torch.int64)
-        lengths, starts = self._located
+            located = self._located = lengths, self._starts(lengths, inside).to(torch.int32 if small else torch.int64)
+        lengths, starts = located
         return lengths[tokens], starts[tokens].to(torch.int64)
+
+    def moved(self) -> None:
+        """What is kept besides the tensors is let go."""
+        self._order = self._located = None
 
     @property
     def kept_bytes(self) -> int:
@@ -159,6 +165,7 @@ class PackedCodes(KeptDtype):
     def _locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return locate(self.length_indices, self.ranks, tokens)
 
+    @torch.inference_mode(False)  # what is made there cannot take part in gradients
     def index(self) -> None:
         """Derive what is not stored; due whenever the length indices change."""
         self._order = self._located = None
@@ -195,7 +202,6 @@ class PackedCodes(KeptDtype):
                     f"{tuple(tensor.shape)}"
                 )
         check_padding(self.length_indices, self._index_bits, f"{name}.length_indices")
-        self.index()  # transformers fills what a file does not hold with uninitialised memory
         found = torch.bincount(self.assignment().to(torch.int64), minlength=len(self.ladder)).tolist()
         if tuple(found) != self.tokens_per_length:
             raise ValueError(

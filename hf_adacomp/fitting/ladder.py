@@ -32,7 +32,7 @@ def with_ladder_for(source: Tensor, config: AdaCompConfig, token_counts: Tensor 
             'code_lengths="auto" follow from the values of the table, which the meta device does not hold: give '
             "code_lengths, or compress the model once its weights are loaded"
         )
-    nothing = torch.zeros(len(source), dtype=torch.int64)
+    nothing = torch.zeros(len(source), dtype=torch.int64, device="cpu")
     counts = nothing if token_counts is None else checked_counts(token_counts, len(source))
     return config.with_ladder(choose_ladder(source, counts, config))
 
@@ -61,8 +61,8 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
     ladders = _ladders(dim)
     energies = torch.cat([(block.float() - mean).square().sum(1) for block in source.detach().split(SPECTRUM_ROWS)])
     costs = (weights * energies).sort().values.cpu()
-    places = torch.linspace(0, num_tokens - 1, min(num_tokens, SAMPLED_TOKENS), dtype=torch.float32).long()
-    costs = costs[places.clamp_max(num_tokens - 1)]  # float32 rounds the last of many millions up
+    places = torch.linspace(0, num_tokens - 1, min(num_tokens, SAMPLED_TOKENS), dtype=torch.float32, device="cpu")
+    costs = costs[places.long().clamp_max(num_tokens - 1)]  # float32 rounds the last of many millions up
     share = {
         length: binary_code_distortion(variances, length) / variances.sum().clamp_min(1e-30)
         for length in {length for ladder in ladders for length in ladder}
@@ -72,7 +72,7 @@ def choose_ladder(source: Tensor, token_counts: Tensor, config: AdaCompConfig) -
         book = codebook_bytes(ladder[-1], dim, config.codebook_dtype, source.dtype)
         budget = code_budget(num_tokens, dim, ladder, book, config.target_ratio)
         cost = costs[:, None] * torch.stack([share[length] for length in ladder])
-        assignment, _ = assign_lengths(-cost, torch.tensor(ladder), budget * len(costs) // num_tokens)
+        assignment, _ = assign_lengths(-cost, torch.tensor(ladder, device="cpu"), budget * len(costs) // num_tokens)
         return float(cost.gather(1, assignment[:, None]).sum())
 
     distortions = {}

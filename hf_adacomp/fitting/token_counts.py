@@ -102,7 +102,7 @@ def draw_tokens(weights: Tensor, draws: int, generator: torch.Generator) -> Tens
     `torch.multinomial` takes 2^24 tokens at most.
     """
     sums = weights.to("cpu", torch.float64).cumsum(0)
-    points = torch.rand(draws, dtype=torch.float64, generator=generator) * sums[-1]
+    points = torch.rand(draws, dtype=torch.float64, generator=generator, device="cpu") * sums[-1]
     return torch.searchsorted(sums, points, right=True).clamp_max(len(sums) - 1).to(weights.device)
 
 
@@ -128,6 +128,6 @@ def typical_counts(num_tokens: int) -> Tensor:
     So are training texts of the usual tasks: of MiniLM's 30,522 tokens a fifth (SNLI) to a half (UD-EWT) occur, 2 to
     8 times V in all.
     """
-    counts = OCCURRENCES * num_tokens // torch.arange(1, num_tokens + 1)
+    counts = OCCURRENCES * num_tokens // torch.arange(1, num_tokens + 1, device="cpu")
     counts[max(1, num_tokens // 3) :] = 0
     return counts

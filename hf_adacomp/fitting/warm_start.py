@@ -161,8 +161,7 @@ def _take_over(
     readers = vectors @ metric
     _, covariance = mean_and_covariance(x, weights)
     scale = 1 / squared_norms(readers, covariance.to(x)).mean().clamp_min(1e-24).sqrt()
-    book.set_vectors(vectors)
-    book.bias.copy_(left / weights.sum())
+    book.take_over(vectors, left / weights.sum())
     book.encoder_scale.copy_(scale)
     book.encoder_bias.zero_()
     if not book.tied:
@@ -204,7 +203,7 @@ def _first_bits(x: Tensor, weights: Tensor, metric: Tensor, book: BinaryCodebook
     for stage in bits.split(STAGE, dim=1):
         mean, axes, _ = principal_axes(left, weights)
         rank = min(stage.shape[1], x.shape[1])
-        noise = torch.randn(stage.shape[1], rank, generator=generator, dtype=torch.float32)
+        noise = torch.randn(stage.shape[1], rank, generator=generator, dtype=torch.float32, device="cpu")
         directions = axes[:, :rank] @ torch.linalg.qr(noise)[0].to(x.device).T
         stage.copy_(left @ directions > mean @ directions)
         centred = stage.to(x.dtype).sub_(0.5)
@@ -222,7 +221,7 @@ def _least_squares(
     Centred bits, vectors x and weights come in blocks of the same rows; codes of a block may all be shorter than L.
     """
     length, dim = shape
-    gram, moments = (torch.zeros(length + 1, width, dtype=torch.float64) for width in (length + 1, dim))
+    gram, moments = (torch.zeros(length + 1, w, dtype=torch.float64, device="cpu") for w in (length + 1, dim))
     for chosen, rows, part in zip(bits, x, weights, strict=True):
         design = F.pad(chosen, (1, 0), value=1)  # the first column is the bias's
         weighted = (design * part[:, None]).T

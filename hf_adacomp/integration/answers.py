@@ -46,7 +46,7 @@ class Answer:
             rows = self.rows.float()
             labels = torch.multinomial(rows.detach().softmax(dim=1).cpu(), 1, generator=generator)
             return F.cross_entropy(rows, labels.squeeze(1).to(rows.device), reduction="sum")
-        noise = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32)
+        noise = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32, device="cpu")
         return (self.compared() * noise.to(self.rows.device)).sum()
 
     def compared(self) -> Tensor:

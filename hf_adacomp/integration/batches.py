@@ -64,7 +64,10 @@ class TextBatches:
     def _padded(self, encoded: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
         # By hand: a tokenizer of a language model often has no padding token, and none is needed where it is masked.
         check_ids("the texts hold", encoded["input_ids"], self.num_tokens)
-        rows = {name: [torch.tensor(row, dtype=torch.int64) for row in values] for name, values in encoded.items()}
+        rows = {
+            name: [torch.tensor(row, dtype=torch.int64, device="cpu") for row in values]
+            for name, values in encoded.items()
+        }
         rows.setdefault("attention_mask", [torch.ones_like(row) for row in rows["input_ids"]])
         return {
             name: pad_sequence(values, batch_first=True, padding_value=self.padding.get(name, 0))

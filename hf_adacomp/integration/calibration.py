@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,7 +86,8 @@ def calibrate(
     all_run = len(tables) > 1 or seen.inner.config.is_encoder_decoder
     every = 1 if all_run else math.ceil(total / measured_batches)
     states = [table.require_training("calibrate") for table in tables.values()]
-    generator = torch.Generator().manual_seed(states[0].config.seed)
+    generator = torch.Generator("cpu").manual_seed(states[0].config.seed)
+    before = [copy.deepcopy(state.observation.state_dict()) for state in states]
     for state in states:  # whatever a training would do
         state.observation.measuring = state.config.significance
     try:
@@ -97,13 +99,14 @@ def calibrate(
                 else:
                     _measure(model, placed, generator)
         seen.check(tokenizer)
+        for table in tables.values():
+            _fit(table, show_progress)
     except BaseException:
-        for state in states:
+        for state, known in zip(states, before, strict=True):
             state.observation.discard()
+            state.observation.load_state_dict(known)
             state.observation.measuring = state.config.measured
         raise
-    for table in tables.values():
-        _fit(table, show_progress)
     return model
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -70,8 +70,12 @@ def guards(model: nn.Module) -> dict[str, Tensor]:
     tensor of another shape is an error to it, which names the place.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, WeightFromCodes)]
-    # Each has memory of its own: transformers takes tensors without any for shared weights.
-    return {f"{name}.{GUARD}": torch.zeros(1)[:0] for name in names}
+    return empty_tensors(f"{name}.{GUARD}" for name in names)
+
+
+def empty_tensors(names: Iterable[str]) -> dict[str, Tensor]:
+    """Empty tensors by name, each with memory of its own: transformers takes tensors without any for shared weights."""
+    return {name: torch.zeros(1, device="cpu")[:0] for name in names}
 
 
 def sealed(layout: Mapping[str, Any], config: AdaCompConfig) -> dict[str, Any]:

@@ -6,15 +6,17 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import transformers_compat
 from ..nn.reading import WeightFromCodes
+from ..nn.sharing import SharedEmbedding
 from .compressed_tables import compressed_embeddings
 from .parts import input_embeddings, model_parts
 from .resizing import resized_embeddings
@@ -28,6 +30,9 @@ SENTENCE_FILE = "config_sentence_transformers.json"
 """Where it lies, a card is that of the model of sentence-transformers which is being saved."""
 
 PLACE_OF_BERT = "embeddings.word_embeddings"
+
+GIVEN_STATE: ContextVar[Mapping[str, Tensor] | None] = ContextVar("given_state", default=None)
+"""What the save that is going on, of this thread, stores in place of the model's own state."""
 
 _write_card: Callable[..., object] | None = None
 
@@ -46,14 +51,23 @@ def arguments_of(model: Any, method: str, *args: Any, **kwargs: Any) -> dict[str
 def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """`PreTrainedModel.save_pretrained`; a packed model's folder gets a model card, too."""
     given = arguments_of(model, "save_pretrained", save_directory, *args, **kwargs)
-    quantizer = transformers_compat.quantizer_of(model)
-    quantizer.given_state = given.get("state_dict")  # which stock code passes over
+    outer = GIVEN_STATE.set(given.get("state_dict"))  # which stock code passes over
     try:
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     finally:
-        quantizer.given_state = None
+        GIVEN_STATE.reset(outer)
     if given.get("is_main_process", True) and not (Path(save_directory) / SENTENCE_FILE).exists():
         describe(model, save_directory)
+
+
+def save_part(part: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """`PreTrainedModel.save_pretrained` of a part; ValueError unless it was copied, and has a table of its own now."""
+    if isinstance(input_embeddings(part), SharedEmbedding):
+        raise ValueError(
+            f"this {type(part).__name__} reads the compressed table of the model that it is part of: save that, and "
+            "load the part from its folder, as T5EncoderModel.from_pretrained does"
+        )
+    type(part).save_pretrained(part, save_directory, *args, **kwargs)
 
 
 def set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
@@ -97,7 +111,9 @@ def give_methods(model: PreTrainedModel) -> None:
     """Put our methods before those of the model's class, and of its parts, which are resized, too; tag the model."""
     for _, part in model_parts(model):
         if part is not model and isinstance(input_embeddings(part), WeightFromCodes):
-            bind(part, {name: METHODS[name] for name in METHODS_OF_PARTS})
+            bind(part, METHODS_OF_PARTS)
+            if isinstance(input_embeddings(part), SharedEmbedding):
+                bind(part, {"save_pretrained": save_part})
     bind(model, METHODS)
     model.add_model_tags([*TAGS])
 
@@ -120,7 +136,10 @@ METHODS: dict[str, Callable[..., Any]] = {
     transformers_compat.UPLOAD_FILES: upload_files,
 }
 
-METHODS_OF_PARTS = (transformers_compat.RESIZED_EMBEDDINGS, "set_input_embeddings")
+METHODS_OF_PARTS: dict[str, Callable[..., Any]] = {
+    transformers_compat.RESIZED_EMBEDDINGS: resized_embeddings,
+    "set_input_embeddings": set_input_embeddings,
+}
 
 
 def describe(model: Any, folder: str | os.PathLike[str], **where: str) -> None:

@@ -41,13 +41,13 @@ def _mean_vector(embedding: AdaptiveCompressedEmbedding) -> Tensor:
 @torch.no_grad()
 def nearest_codes(book: BinaryCodebook, targets: Tensor, seed: int, starts: int = 1) -> Tensor:
     """Codes whose vectors are close to targets, (N, d), the nearest of random starts: centred bits (N, L)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     stored = book.stored()
     vectors, bias = stored.vectors.float(), stored.bias.float()
     targets = targets.to(vectors)
     nearest, least = vectors.new_empty(len(targets), book.length), vectors.new_full((len(targets),), torch.inf)
     for _ in range(starts):
-        start = torch.randint(0, 2, nearest.shape, generator=generator).to(vectors) - 0.5
+        start = torch.randint(0, 2, nearest.shape, generator=generator, device="cpu").to(vectors) - 0.5
         codes = nearest_bits(targets, vectors, bias, start=start)
         error = (torch.addmm(bias, codes, vectors) - targets).square().sum(dim=1)
         nearer = error <= least  # also where errors overflow

@@ -28,8 +28,8 @@ from .integrity import (
     refuse_training,
     refuse_unfinished,
 )
-from .layout import check_layout, empty_table, guards, table_layout
-from .methods import give_methods, take_methods
+from .layout import check_layout, empty_table, empty_tensors, guards, table_layout
+from .methods import GIVEN_STATE, give_methods, take_methods
 from .parts import config_ties, model_parts, say_tied
 from .surgery import install, plan, put, take_out
 
@@ -48,7 +48,6 @@ class AdaCompHfQuantizer(HfQuantizer):
         super().__init__(AdaCompConfig(**quantization_config.to_dict()), **kwargs)
         if not self.pre_quantized:
             self.quantization_config.format_version = FORMAT_VERSION
-        self.given_state: Mapping[str, Tensor] | None = None  # to be saved in place of the model's own
         self._undivided = False  # whether the file being loaded is of the format before
         self._checksums: dict[nn.Module, dict[str, int]] = {}  # of tables whose weights are being loaded
 
@@ -117,8 +116,10 @@ class AdaCompHfQuantizer(HfQuantizer):
             refuse_missing(name, embedding)
             check_values(name, embedding)
             compare_checksums(name, embedding, self._checksums.pop(embedding))
-            if self._undivided and embedding.packed is not None:
-                embedding.codebook.divide_by_rate()
+            if embedding.packed is not None:
+                embedding.packed.index()  # transformers fills what a file does not hold with uninitialised memory
+                if self._undivided:
+                    embedding.codebook.divide_by_rate()
             embedding.train(embedding.training)
         if self.quantization_config.format_version != FORMAT_VERSION:
             self.quantization_config.format_version = FORMAT_VERSION
@@ -140,13 +141,14 @@ class AdaCompHfQuantizer(HfQuantizer):
                 )
         for linear in untied_heads(model).values():  # which the layout unties; PEFT says that the config does
             say_tied(model, linear, True)
-        state: Mapping[str, Tensor] = model.state_dict() if self.given_state is None else self.given_state
+        given = GIVEN_STATE.get()
+        state: Mapping[str, Tensor] = model.state_dict() if given is None else given
         for name, embedding in embeddings.items():
             refuse_unfinished(name, embedding)
             check_values(name, embedding)
             refuse_changed(name, embedding, state)
         self.note_tables(model)
-        units = {name: torch.zeros(1)[:0] for name in state if name.endswith(f".{UNITS}")}  # with memory, as guards
+        units = empty_tensors(name for name in state if name.endswith(f".{UNITS}"))
         return {**state, **units, **guards(model)}, {}
 
     def note_tables(self, model: PreTrainedModel) -> None:

@@ -108,7 +108,7 @@ def resize(
     if output in heads:
         model.set_output_embeddings(output)  # models have further places for its bias
     if isinstance(model, StaticModel) and model.config.gains:
-        model.store_gains(_resized(model.gain(torch.arange(before)), kept, total))
+        model.store_gains(_resized(model.gain(torch.arange(before, device="cpu")), kept, total))
     logits_bias: Tensor | None = getattr(model, LOGITS_BIAS, None)
     if logits_bias is not None:
         model.register_buffer(LOGITS_BIAS, _resized(logits_bias.T, kept, total).T)

@@ -69,7 +69,7 @@ def add_tokens(model: Model, num_tokens: int, vectors: Tensor | None = None) -> 
     tables[0].resize(torch.arange(before, device=codes.device), codes)
     if static is not None:
         lengths = vectors.float().norm(dim=-1).to(inner.device)
-        static.store_gains(torch.cat([static.gain(torch.arange(before)), lengths]))
+        static.store_gains(torch.cat([static.gain(torch.arange(before, device="cpu")), lengths]))
     return model
 
 
@@ -162,7 +162,7 @@ def _listed(tokens: Any) -> Tensor:
         raise ValueError(f"tokens to keep are their number or their ids; got {tokens!r}: {error}") from error
     if kept.dtype not in (torch.bool, *FLOATS) and not kept.is_complex():
         kept = kept.to(torch.int64)
-    return torch.arange(max(int(kept), 0)) if kept.dim() == 0 and kept.dtype == torch.int64 else kept
+    return torch.arange(max(int(kept), 0), device="cpu") if kept.dim() == 0 and kept.dtype == torch.int64 else kept
 
 
 def _positions_start_at(model: PreTrainedModel, padding: int) -> bool:

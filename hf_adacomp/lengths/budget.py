@@ -103,28 +103,31 @@ def assign_lengths(scores: Tensor, ladder: Tensor, budget: int, guess: float = 0
         low, high = (low / 2 if low > 1e-30 else 0.0), low
     while used(assignment := choose(high)) > budget:
         low, high, longer = high, 2 * high, assignment
-    # Bisection. A token never takes a longer code at a higher price, so that only those whose choices at the two ends
-    # differ are looked at again.
-    open_tokens = (longer != assignment).nonzero().squeeze(1)
+    # Bisection, on the CPU: each step asks for a sum. A token never takes a longer code at a higher price, so that only
+    # those whose choices at the two ends differ are looked at again.
+    differing = (longer != assignment).nonzero().squeeze(1)
     spare = budget - used(assignment)
+    columns, longer, shorter = columns[:, differing].cpu(), longer[differing].cpu(), assignment[differing].cpu()
+    ladder, open_tokens = ladder.cpu(), torch.arange(len(differing), device="cpu")
     for _ in range(BISECTIONS):
         if not len(open_tokens):
             break
         middle = (low + high) / 2
         choice = choose(middle, columns[:, open_tokens])
-        cost = used(choice) - used(assignment[open_tokens])
+        cost = used(choice) - used(shorter[open_tokens])
         if cost > spare:
             low = middle
             longer[open_tokens] = choice
         else:
             high = middle
-            assignment[open_tokens] = choice
+            shorter[open_tokens] = choice
             spare -= cost
-        open_tokens = open_tokens[longer[open_tokens] != assignment[open_tokens]]
-    ends = longer[open_tokens], assignment[open_tokens]
+        open_tokens = open_tokens[longer[open_tokens] != shorter[open_tokens]]
+    ends = longer[open_tokens], shorter[open_tokens]
     extra = ladder[ends[0]] - ladder[ends[1]]
     gain = columns[ends[0], open_tokens] - columns[ends[1], open_tokens]
     order = torch.argsort(gain / extra, descending=True, stable=True)
     upgraded = order[extra[order].cumsum(0) <= spare]
-    assignment[open_tokens[upgraded]] = ends[0][upgraded]
+    shorter[open_tokens[upgraded]] = ends[0][upgraded]
+    assignment[differing] = shorter.to(assignment.device)
     return assignment.to(device), high

@@ -42,7 +42,7 @@ class Decoder:
     shares: Callable[[Tensor], Tensor] | None = None
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """Vectors of ids, int64 of any shape -> (..., d); each distinct token is decoded once."""
+        """Vectors of ids, int64 of any shape -> (..., d); each distinct token of many is decoded once."""
         if ids.device.type != "cpu":  # asking for values would wait for the device
             torch_compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
         elif ids.numel() and not 0 <= ids.min() <= ids.max() < self.num_tokens:
@@ -50,6 +50,9 @@ class Decoder:
                 f"{OUT_OF_RANGE}: ids run from {int(ids.min())} to {int(ids.max())}, the table has "
                 f"{self.num_tokens} rows"
             )
+        if self._unasked(ids):
+            tokens = ids.flatten()
+            return self._held(tokens, self.vectors(tokens)).view(*ids.shape, -1)
         tokens, place = distinct(ids, self.num_tokens)
         return F.embedding(place, self._held(tokens, self.vectors(tokens)))
 
@@ -110,14 +113,18 @@ class Decoder:
     def _by_length(self, tokens: Tensor) -> Tensor:
         lengths, places = self.codes.locate(tokens)
         if len(tokens) <= FEW or torch.is_grad_enabled():
-            longest = self.codes.ladder[int(lengths.max()) if len(tokens) else 0]
-            return self.book.decode(self.codes.centred(lengths, places, longest))
+            longest = -1 if self._unasked(tokens) else int(lengths.max()) if len(tokens) else 0
+            return self.book.decode(self.codes.centred(lengths, places, self.codes.ladder[longest]))
         vectors = self.book.bias.new_empty(len(tokens), len(self.book.bias))
         groups = lengths.argsort(stable=True).split(lengths.bincount(minlength=len(self.codes.ladder)).tolist())
         for length, own in zip(self.codes.ladder, groups, strict=True):
             if len(own):
                 vectors[own] = self.book.decode(self.codes.centred(lengths[own], places[own], length))
         return vectors
+
+    def _unasked(self, tokens: Tensor) -> bool:
+        """Whether to decode a few tokens without a look at their values, which would wait for the device."""
+        return tokens.device.type != "cpu" and tokens.numel() <= FEW
 
     def _held(self, tokens: Tensor, vectors: Tensor) -> Tensor:
         if self.padding is None or not (vectors.requires_grad or torch_compat.is_traced()):

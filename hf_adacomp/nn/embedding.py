@@ -248,6 +248,12 @@ class AdaptiveCompressedEmbedding(CodedTable):
 
     @torch.compiler.disable(reason=NOT_COMPILED)  # type: ignore[untyped-decorator]  # torch's
     def _look_up_in_training(self, ids: Tensor, state: TrainingState) -> Tensor:
+        if self.training and torch_compat.is_replica(self):
+            raise ValueError(
+                "nn.DataParallel trains copies of the model, which last for one step, and what they note of a "
+                "compressed table is lost: start a process for each device, torchrun --standalone --nproc-per-node N "
+                "train.py, or show the training one alone, CUDA_VISIBLE_DEVICES=0"
+            )
         self.reached = True
         self._end_pass()
         vectors = self.decoder().look_up(ids)

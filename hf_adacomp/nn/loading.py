@@ -13,7 +13,7 @@ from ..config import AUTO
 
 logger = logging.getLogger(__name__)
 
-GUARD, EMPTY = "weight", torch.zeros(0)
+GUARD, EMPTY = "weight", torch.zeros(0, device="cpu")
 """Name of the dense weight. State dicts hold an empty tensor under it: a dense model refuses it, also unstrictly."""
 
 UNITS = "codebook.divided"

@@ -57,6 +57,11 @@ class Observation(KeptDtype):
         self._moments: Tensor | None = None
         self.broken = False  # whether a gradient since the last `collect` was NaN or Inf
 
+    def moved(self) -> None:
+        """What was counted in the middle of a step goes along."""
+        if self._counts is not None:
+            self._counts = self._counts.to(self.token_counts.device)
+
     def count(self, tokens: Tensor) -> None:
         """Take note of tokens, (N,), once for each time that they are there; of none where the user gave counts."""
         if self.counting:
@@ -83,8 +88,9 @@ class Observation(KeptDtype):
 
         def note(gradient: Tensor) -> None:
             # Those at all tokens' vectors from one position have the second moments of this one row.
-            sizes = torch.linalg.vector_norm(gradient.detach(), dim=-1, keepdim=True, dtype=torch.float32)
-            rows = hidden.detach().float() * sizes
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            sizes = torch.linalg.vector_norm(gradient.detach(), dim=-1, keepdim=True, dtype=wide)
+            rows = hidden.detach().to(wide) * sizes
             if rows.isfinite().all():
                 self._measure(rows.reshape(-1, rows.shape[-1]))
             else:
@@ -103,8 +109,8 @@ class Observation(KeptDtype):
         total, share = len(rows), max(1, len(rows) // MEASURED_ROWS)
         if share > 1:
             # Others in each step, the same in a resumed run.
-            places = torch.Generator().manual_seed(int(self.moment_bits[0, 0]) + total)
-            rows = rows[torch.randperm(total, generator=places)[: total // share].to(rows.device)]
+            places = torch.Generator("cpu").manual_seed(int(self.moment_bits[0, 0]) + total)
+            rows = rows[torch.randperm(total, generator=places, device="cpu")[: total // share].to(rows.device)]
         sample = rows.to("cpu", torch.float64)
         moments = share * (sample.T @ sample)
         self._moments = moments if self._moments is None else self._moments.add_(moments)
@@ -129,7 +135,7 @@ class Observation(KeptDtype):
         came = bool(counts.any())
         if measure:
             if moments is None:
-                moments = torch.zeros(self.moment_bits.shape, dtype=torch.float64)
+                moments = torch.zeros(self.moment_bits.shape, dtype=torch.float64, device="cpu")
             if not alone:
                 moments = sum_over_ranks(moments, self.moment_bits.device).cpu()
             came = came or bool(moments.any())
@@ -154,4 +160,4 @@ class Observation(KeptDtype):
         variances, axes = torch.linalg.eigh(moments)
         reaction: Tensor = (axes * variances.clamp_min(0).sqrt()) @ axes.T
         reaction /= reaction.diagonal().mean()
-        return ((reaction + torch.eye(len(moments), dtype=moments.dtype)) / 2).float()
+        return ((reaction + torch.eye(len(moments), dtype=moments.dtype, device=moments.device)) / 2).float()

@@ -20,7 +20,7 @@ from .training_state import TrainingState
 from .weight import DecodedWeight, Read, Table
 
 
-class WeightFromCodes(nn.Module):
+class WeightFromCodes(torch_compat.Movable):
     """A module whose `weight` is decoded from codes, and cannot be set. State dicts have a guard in its place."""
 
     loading = False  # whether weights are on their way in and have not been checked yet
@@ -111,6 +111,10 @@ class ReadableTable(WeightFromCodes):
         self.dense_class: type = nn.Embedding
         self.scale, self.rounds_scale = 1.0, False
         self.bag: Bag | None = None
+
+    def moved(self) -> None:
+        """Values of the weight that were kept are let go."""
+        self.last_weight.end_pass(keep=False)
 
     def stand_in_for(self, dense: nn.Module, scale: float) -> None:
         """Take over the class of a dense module, its factor, and how it makes one vector of many."""

@@ -6,12 +6,13 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import AdaCompConfig
 from ..fitting.token_counts import checked_counts, expected_counts, token_weights
 from ..lengths.schedule import temperature_at
 from ..lengths.selector import LengthSelector, gumbel_noise
+from ..torch_compat import Movable
 from .observation import Observation
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ PROGRESS_UNIT = 10**9
 """`progress` counts training in billionths: an integer survives casts of the model, and so does the schedule."""
 
 
-class TrainingState(nn.Module):
+class TrainingState(Movable):
     """Source table, what was observed of its use, length selector and the schedule's state; dropped at packing.
 
     All state is in tensors under fixed names, whatever the phase, so that any checkpoint of a run loads into any
@@ -56,6 +57,10 @@ class TrainingState(nn.Module):
         self.register_buffer("warm_started", torch.zeros((), dtype=torch.uint8, **options))
         self.register_buffer("progress", torch.tensor(-1, dtype=torch.int64, **options))
         self._noise: tuple[int, Tensor] | None = None
+
+    def moved(self) -> None:
+        """Noise is drawn anew where it is needed."""
+        self._noise = None
 
     @property
     def phase(self) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .plots import can_plot, plot_histogram
 logger = logging.getLogger(__name__)
 
 PICTURE = "code_lengths.png"
-TEMPLATE = Path(__file__).with_name("model_card.md")
+TEMPLATE = files(__package__) / "model_card.md"
 TITLE = re.compile(r"\A\s*(?:<!--.*?-->\s*)*# [^\n]*\n", re.DOTALL)
 
 
@@ -57,7 +58,7 @@ def model_card(
     title = (repo_id or transformers_compat.loaded_from(inner) or type(model).__name__).rstrip("/").split("/")[-1]
     written = ModelCard.from_template(
         ModelCardData(),
-        template_path=str(TEMPLATE),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=title,
         model_class=type(model).__name__,
         library="transformers" if inner is model else type(model).__module__.split(".")[0],

@@ -106,10 +106,30 @@ def test_reconstruct_in_blocks_is_encode_and_decode(monkeypatch):
 
 def test_a_shorter_code_is_what_a_book_of_the_first_vectors_would_decide():
     module, short, x = book(tied=True), book(length=3, tied=True), torch.randn(20, 4, dtype=torch.float64)
-    short.set_vectors(module.stored().vectors[:3])
+    short.take_over(module.stored().vectors[:3], module.bias)
     found = module.encoder(module.stored(), METRIC).encode(x, 3)
     assert torch.equal(found, encode(short, x))
     assert torch.allclose(module.reconstruct(x, METRIC, 3), short.reconstruct(x, METRIC))
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [("float16", torch.float32), ("int4", torch.float16)])
+def test_a_code_book_that_its_storage_cannot_hold_is_refused(storage, dtype):
+    module = BinaryCodebook(6, 4, tied=True, storage=storage, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"up to 60000, and codebook_dtype='{storage}' in a model of {dtype}"):
+        module.take_over(torch.full((6, 4), 6e4), torch.zeros(4))
+    with pytest.raises(ValueError, match="up to 60000"):
+        module.take_over(torch.ones(6, 4), torch.full((4,), 6e4))
+
+
+def test_packing_can_be_called_again_after_it_failed(monkeypatch):
+    module = BinaryCodebook(6, 4, tied=False, storage="int4")
+    before = module.stored().vectors
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_adacomp.codes.codebook.pack_nibbles", None)
+        with pytest.raises(TypeError):
+            module.pack()
+    module.pack()
+    assert torch.allclose(module.stored().vectors, before)
 
 
 def test_each_vector_has_a_code_of_its_own_length():

@@ -116,6 +116,22 @@ def test_copies_are_without_what_is_kept():
     assert len(pickle.dumps(module)) == fresh
 
 
+def test_what_is_kept_is_let_go_by_a_move_and_not_by_a_check():
+    module = small()
+    module.order(), module.locate(torch.tensor([0]))
+    kept = module.kept_bytes
+    module.validate("table")
+    assert module.kept_bytes == kept > 0
+    assert module.to("cpu").kept_bytes == 0
+
+
+def test_codes_that_were_indexed_in_inference_mode_take_part_in_gradients():
+    module = small()
+    with torch.inference_mode():
+        module.index()
+    assert not any(buffer.is_inference() for buffer in module.buffers())
+
+
 def test_groups_lie_behind_each_other():
     module = small()
     assert [len(module.group(k)) for k in range(3)] == [1, 2, 2]

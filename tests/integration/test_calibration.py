@@ -5,7 +5,7 @@ import copy
 import pandas
 import pytest
 import torch
-from conftest import LENGTHS, VOCABULARY, WORDS, tiny_bert_config, word_tokenizer
+from conftest import LENGTHS, VOCABULARY, WORDS, same_state, tiny_bert_config, word_tokenizer
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -266,6 +266,19 @@ def test_what_a_refused_batch_showed_is_forgotten(bert):
         calibrate(model, [good, bad], show_progress=False)
     calibrate(model, [good], show_progress=False)
     assert model.get_input_embeddings().token_counts().sum() == 2
+
+
+def test_what_an_interrupted_fit_was_for_is_forgotten(bert, monkeypatch):
+    fresh, model = compress(copy.deepcopy(bert), settings()), compress(bert, settings())
+    wrong, right = {"input_ids": torch.tensor([[5, 5, 7]])}, {"input_ids": torch.tensor([[5, 6]])}
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_adacomp.nn.table.fit_codebook", None)
+        with pytest.raises(TypeError):
+            calibrate(model, [wrong], show_progress=False)
+    calibrate(model, [right], show_progress=False)
+    expected = calibrate(fresh, [right], show_progress=False)
+    assert model.get_input_embeddings().token_counts().sum() == 2
+    assert same_state(model, expected)
 
 
 def test_encoder_decoders_are_calibrated_on_batches_with_labels():

@@ -38,6 +38,18 @@ def test_tokens_by_length_are_what_they_are_at_once(table, phase, monkeypatch):
         assert torch.allclose(decoder.table()[tokens], at_once, atol=1e-6)
 
 
+def test_a_few_tokens_are_decoded_without_a_look_at_them(table, monkeypatch):
+    """As on devices that one would have to wait for."""
+    table.pack()
+    ids = torch.randint(0, VOCABULARY, (4, 9), device=table.device)
+    with torch.no_grad():
+        decoder = table.eval().decoder()
+        expected = decoder.look_up(ids)
+        monkeypatch.setattr(type(decoder), "_unasked", lambda decoder, tokens: True)
+        monkeypatch.setattr("hf_adacomp.nn.decoding.distinct", None)
+        assert torch.allclose(decoder.look_up(ids), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("phase", ["select", "encode", "packed"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_look_up_is_the_vectors_of_the_tokens(table, phase, grad, device):

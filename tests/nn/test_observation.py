@@ -36,6 +36,26 @@ def test_computes_with_the_source_vectors(table, ids):
     assert torch.equal(CompressedHead(table)(hidden), hidden @ source.T)
 
 
+def test_what_was_counted_in_the_middle_of_a_step_moves_along(table, ids):
+    table(ids).sum().backward()
+    observation = table.training_state.observation
+    assert observation.to("meta")._counts.is_meta
+
+
+def test_a_head_of_float64_is_measured(ids):
+    table = AdaptiveCompressedEmbedding.from_embedding(nn.Embedding(VOCABULARY, DIM).double(), CONFIG).train()
+    hidden = table(ids)
+    assert observed(table, CompressedHead(table)(hidden).square().sum()).measured_metric() is not None
+
+
+def test_copies_that_last_for_a_step_are_refused(table, ids):
+    replica = table._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"nn.DataParallel .* torchrun"):
+        replica(ids)
+    replica.training = False
+    assert replica(ids).shape == (*ids.shape, DIM)
+
+
 def test_what_the_loss_reads_is_what_the_metric_is_long_in(table, ids):
     metric = observed(table, table(ids)[..., 0].sum()).measured_metric()
     expected = torch.eye(DIM) / 2

@@ -1,9 +1,12 @@
+import weakref
+
 import pytest
 import torch
 from conftest import LENGTHS, VOCABULARY
 from torch import nn
 
 from hf_adacomp import AdaCompConfig, AdaptiveCompressedEmbedding
+from hf_adacomp.nn.head import CompressedHead
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 DIM = 32
@@ -24,6 +27,44 @@ def test_lengths_of_now_and_of_the_last_step(table):
         table.training_state.selector.offset[:, 0] += torch.rand_like(table.training_state.selector.offset[:, 0])
     assert torch.equal(table.code_lengths(settled=True), settled)
     assert not torch.equal(table.code_lengths(), settled)
+
+
+def life(dense: nn.Embedding) -> list[torch.Tensor]:
+    """Vectors and logits of a table after each stage of a training, and what is stored."""
+    config = AdaCompConfig(target_ratio=10, observe_fraction=0.1, select_fraction=0.5)
+    table = AdaptiveCompressedEmbedding.from_embedding(dense, config)
+    head, ids, found = CompressedHead(table), torch.arange(40, device="cpu") % 30, []
+    for done in (0.0, 0.2, 0.7, None):
+        vectors = table.train()(ids)
+        (vectors.square().sum() + head(vectors).square().mean()).backward()
+        if done is None:
+            table.pack()
+        else:
+            table.step(done, show_progress=False)
+        with torch.no_grad():
+            found += [table.eval()(ids), head(table(ids)), table.weight.detach().clone()]
+    return [*found, *table.state_dict().values()]
+
+
+def test_the_default_device_is_not_asked():
+    torch.manual_seed(0)
+    dense = nn.Embedding(VOCABULARY, DIM)
+    expected = life(dense)
+    with torch.device("meta"):  # whatever is made there by mistake has no values
+        found = life(dense)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_is_kept_does_not_stay_behind_when_a_table_moves(table):
+    table.pack()
+    with torch.no_grad():
+        table.eval()(torch.tensor([1]))
+        values = weakref.ref(table.weight_values())
+        assert table.codebook.kept_bytes > 0
+        assert table.packed.kept_bytes > 0
+        table.to("cpu")
+    assert values() is None
+    assert table.codebook.kept_bytes == table.packed.kept_bytes == 0
 
 
 def test_fits_again_when_more_was_observed(config, device):

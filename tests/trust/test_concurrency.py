@@ -10,6 +10,7 @@ import pytest
 import torch
 from architectures import TIED
 from conftest import LENGTHS, VOCABULARY, close
+from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
@@ -127,6 +128,24 @@ def test_workers_of_a_data_loader(gpt2, context, workers):
     loader = DataLoader(Encoded(gpt2), batch_size=None, num_workers=workers, multiprocessing_context=context)
     for found, ids in zip(loader, batches(12), strict=True):
         assert close(found, logits(gpt2, ids))
+
+
+def test_saves_at_the_same_time_each_store_the_state_that_they_are_given(packed_bert, tmp_path, monkeypatch):
+    given, name = packed_bert.state_dict(), "bert.pooler.dense.weight"
+    given[name] = 2 * given[name]
+    stock = type(packed_bert.hf_quantizer).get_state_dict_and_metadata
+
+    def meanwhile(quantizer, model):
+        monkeypatch.undo()
+        with ThreadPoolExecutor(1) as other:
+            other.submit(packed_bert.save_pretrained, tmp_path / "own").result()
+        return stock(quantizer, model)
+
+    monkeypatch.setattr(type(packed_bert.hf_quantizer), "get_state_dict_and_metadata", meanwhile)
+    packed_bert.save_pretrained(tmp_path / "given", state_dict=given)
+    own, double = (load_file(tmp_path / folder / "model.safetensors")[name] for folder in ("own", "given"))
+    assert torch.equal(own, packed_bert.state_dict()[name])
+    assert torch.equal(double, 2 * own)
 
 
 def write_logits(rank: int, model, results: torch.Tensor) -> None:
