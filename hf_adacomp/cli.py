@@ -39,7 +39,7 @@ HELD_OUT, HELD_OUT_EVERY = 256, 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for a failure told in one line, 2 for wrong usage."""
+    """Run the command; returns 0, 1 for a failure that is told, 130 if interrupted. Wrong usage exits with 2."""
     args = _parser().parse_args(arguments)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every console has all characters of a vocabulary

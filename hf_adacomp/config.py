@@ -68,10 +68,11 @@ class AdaCompConfig(QuantizationConfigMixin):
         selection_reach: How far a logit of the selection comes in all, from `observe_fraction` to `select_fraction`, if
             its gradient keeps its sign; whatever optimizer and learning rate the model has.
         significance: Whether errors of vectors are measured by how the loss reacts to their direction, as observed in
-            training; if not, or without training, all directions count alike.
+            training or by `calibrate`. If False, or with neither, all directions count alike.
         head: For models whose output head is tied to the table: `"compress"` computes logits from the same codes,
-            `"dense"` leaves the head its own copy of the table, which is saved and counted.
-        seed: Seed of the warm start and of the tokens that the regularisers sample.
+            `"dense"` leaves the head its own copy of the table, which is saved, and which `size_report` counts and
+            `target_ratio` does not.
+        seed: Seed of whatever is drawn: in the fit, by the Gumbel-softmax, the regularisers, `calibrate`, `add_tokens`.
         format_version: Version of the file format; for files.
         tables: Layout of the compressed tables by module name; filled by `compress` and `pack`, read when loading.
 

@@ -72,7 +72,7 @@ class Cells:
         if len(found) > 1:
             raise ValueError(
                 f"{self.file} would mix cells of several versions of the method, {', '.join(sorted(found))}: "
-                "name another output folder, or delete the old cells"
+                "name another output folder, delete the old cells, or show with remake.py that both make the same"
             )
 
     def done(self, task: str, method: str, ratio: float | None) -> dict[int, dict]:

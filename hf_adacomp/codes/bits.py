@@ -1,9 +1,23 @@
 """The bit format: tensors in, tensors out.
 
+A file holds of a packed table, V tokens of width d with codes of L bits at most, under the name of its module:
+
+    packed.length_indices, packed.codes    below
+    codebook.weight    code vectors C: floats (L, d), int8 (L, d), or nibbles, uint8 (L, ceil(d / 2))
+    codebook.scale     of integers, (L, 1), in the dtype of the model
+    codebook.bias      c, (d,)
+    weight, codebook.divided    empty: a guard against loading as a dense table, and a mark of `format_version` 4
+
+    vector of a token = scale_of_layout * (sum_i s_i C_i + c),    s_i = 1/2 if bit i of its code is set, else -1/2
+
+with `C_i = rate * weight_i` in floats and `rate * scale_i * weight_i` in integers of b bits, where L is the longest
+length on offer, used or not: `rate = 2^round(log2(2 / L) / 2)`, in integers over `2^(b - 1)`. The table's layout is in
+`quantization_config.tables`; by its `zero_padding`, the vector of `padding_idx` is zero.
+
 For V tokens and a ladder of code lengths `L_0 < ... < L_{n-1}`, two uint8 tensors hold the codes. Bits fill bytes from
 the least significant one; unused bits of a last byte are zero.
 
-    length_indices   index k of each token's code length, ceil(log2 n) bits a token, token order
+    length_indices   index k of each token's code length, ceil(log2 n) bits a token (none if n = 1), token order
 
                      byte 0                          byte 1
                      | k0 k0 | k1 k1 | k2 k2 | k3 k3 | k4 k4 | ...        (n = 3 or 4: two bits a token)

@@ -209,10 +209,11 @@ class BinaryCodebook(torch_compat.KeptBuffers):
     def take_over(self, vectors: Tensor, bias: Tensor) -> None:
         """Take over code vectors, (L, d), and bias, (d,); ValueError if they are too large for how they are stored."""
         kinds = {self.weight.dtype, FLOAT_DTYPES.get(self.storage, self.weight.dtype)}
-        most = min(torch.finfo(kind).max for kind in kinds) * self.rate / 2
-        if not (largest := float(torch.cat([vectors, bias[None]]).abs().max())) <= most:
+        most = min(torch.finfo(kind).max for kind in kinds)
+        largest = float(torch.cat([2 / self.rate * vectors, bias[None]]).abs().max())
+        if not largest <= most:
             raise ValueError(
-                f"the code-book of this table has entries of up to {largest:g}, and codebook_dtype={self.storage!r} in "
+                f"the code-book of this table needs numbers up to {largest:g}, and codebook_dtype={self.storage!r} in "
                 f"a model of {self.weight.dtype} holds {most:g}: rescale the table, or compress it in float32 with "
                 "codebook_dtype='int8'"
             )

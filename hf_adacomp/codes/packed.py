@@ -112,7 +112,7 @@ class PackedCodes(KeptDtype):
     def order(self) -> Tensor:
         """All tokens by code length, and by id where it is the same, int64 (V,): the order of `codes`."""
         order = self._order  # once: other threads may let go of it
-        if order is None:
+        if order is None or order.device != self.codes.device:  # not all that moves tensors says so
             order = self._order = self.assignment().argsort(stable=True).to(torch.int32)
         return order.to(torch.int64)
 
@@ -132,7 +132,7 @@ class PackedCodes(KeptDtype):
             lengths, inside = self._locate(tokens)
             return lengths, self._starts(lengths, inside)
         located = self._located  # once, as above
-        if located is None:
+        if located is None or located[0].device != self.codes.device:
             lengths, inside = self._locate_all()
             small = 8 * len(self.codes) < torch.iinfo(torch.int32).max
             located = self._located = lengths, self._starts(lengths, inside).to(torch.int32 if small else torch.int64)

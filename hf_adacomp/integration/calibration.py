@@ -58,16 +58,17 @@ def calibrate(
         tokenizer: Of the texts. A sentence-transformers model has its own, and its default prompt is put first.
         batch_size: Texts in a batch. By default 16, or 4 if the model makes logits of a vocabulary, which are many.
         max_length: Longer texts are cut to so many tokens.
-        measured_batches: So many batches, evenly spread, run through the model; of the others tokens are counted. Of
-            a model with several compressed tables, or that reads one text and writes another, all batches run.
+        measured_batches: Of more batches, each so-manieth runs through the model, so many at most and half as many at
+            least; of the others tokens are counted. Of a model with several compressed tables, or that reads one text
+            and writes another, all batches run.
         show_progress: Whether to draw progress bars.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: For texts that are empty or hold no known token, batches that reach no table, a tokenizer of
-            another vocabulary, tables that are fitted already, numbers below 1. Nothing is fitted then.
+        ValueError: For texts that are empty or hold no known token, batches that reach no table, token ids that the
+            table does not have, tables that are fitted already, numbers below 1. Nothing is fitted then.
     """
     numbers = {"batch_size": batch_size, "max_length": max_length, "measured_batches": measured_batches}
     for name, value in numbers.items():
@@ -102,10 +103,13 @@ def calibrate(
         for table in tables.values():
             _fit(table, show_progress)
     except BaseException:
-        for state, known in zip(states, before, strict=True):
+        for table, known in zip(tables.values(), before, strict=True):
+            state = table.require_training("calibrate")
             state.observation.discard()
-            state.observation.load_state_dict(known)
             state.observation.measuring = state.config.measured
+            if state.observing:  # others were fitted before this one was interrupted
+                state.observation.load_state_dict(known)
+                state.warm_started.zero_()
         raise
     return model
 

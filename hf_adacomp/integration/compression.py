@@ -195,6 +195,9 @@ def decompress(model: Model) -> Model:
     BertModel(...)
     >>> decompress(model).get_input_embeddings()
     Embedding(1000, 64, padding_idx=0)
+
+    Raises:
+        ValueError: For a model without a compressed table, and for tables that are not packed.
     """
     refuse_training(require_compressed(model))
     attach_whole(model)

@@ -60,14 +60,12 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
         describe(model, save_directory)
 
 
-def save_part(part: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    """`PreTrainedModel.save_pretrained` of a part; ValueError unless it was copied, and has a table of its own now."""
-    if isinstance(input_embeddings(part), SharedEmbedding):
-        raise ValueError(
-            f"this {type(part).__name__} reads the compressed table of the model that it is part of: save that, and "
-            "load the part from its folder, as T5EncoderModel.from_pretrained does"
-        )
-    type(part).save_pretrained(part, save_directory, *args, **kwargs)
+def refuse_to_save(part: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """`save_pretrained` of a part that reads a compressed table of the whole: its folder would lack that."""
+    raise ValueError(
+        f"this {type(part).__name__} reads the compressed table of the model that it is part of: save that, and load "
+        "the part from its folder, as T5EncoderModel.from_pretrained does"
+    )
 
 
 def set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
@@ -113,7 +111,7 @@ def give_methods(model: PreTrainedModel) -> None:
         if part is not model and isinstance(input_embeddings(part), WeightFromCodes):
             bind(part, METHODS_OF_PARTS)
             if isinstance(input_embeddings(part), SharedEmbedding):
-                bind(part, {"save_pretrained": save_part})
+                bind(part, {"save_pretrained": refuse_to_save})
     bind(model, METHODS)
     model.add_model_tags([*TAGS])
 

@@ -52,7 +52,7 @@ class Decoder:
             )
         if self._unasked(ids):
             tokens = ids.flatten()
-            return self._held(tokens, self.vectors(tokens)).view(*ids.shape, -1)
+            return self._held(tokens, self.vectors(tokens)).view(*ids.shape, len(self.book.bias))
         tokens, place = distinct(ids, self.num_tokens)
         return F.embedding(place, self._held(tokens, self.vectors(tokens)))
 
@@ -171,7 +171,7 @@ class StaticDecoder(Decoder):
         """Vectors of ids, int64 of any shape -> (..., d)."""
         torch_compat.check_on_device(((ids >= 0) & (ids < self.num_tokens)).all(), OUT_OF_RANGE)
         tokens = ids.flatten()
-        return self._held(tokens, self.vectors(tokens)).view(*ids.shape, -1)
+        return self._held(tokens, self.vectors(tokens)).view(*ids.shape, len(self.book.bias))
 
     def table(self) -> Tensor:
         """All vectors, (V, d)."""

@@ -52,7 +52,8 @@ class AdaptiveCompressedEmbedding(CodedTable):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: If the code-book alone exceeds `config.target_ratio`; the message gives the largest that fits.
+        ValueError: If `config.target_ratio` leaves no room for the code-book, the lengths and codes of the shortest
+            length; the message gives the largest ratio that does.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ class Observation(KeptDtype):
     def moved(self) -> None:
         """What was counted in the middle of a step goes along."""
         if self._counts is not None:
-            self._counts = self._counts.to(self.token_counts.device)
+            self._counts = None if self.token_counts.is_meta else self._counts.to(self.token_counts.device)
 
     def count(self, tokens: Tensor) -> None:
         """Take note of tokens, (N,), once for each time that they are there; of none where the user gave counts."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,17 +71,7 @@ class Borrower(WeightFromCodes):
 
 
 class SharedEmbedding(Borrower):
-    """Further token embeddings that share the table, such as those of a decoder.
-
-    Copied without its model, as with an encoder that is copied alone, it becomes a table.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedEmbedding | AdaptiveCompressedEmbedding:
-        if isinstance(self._owner, Place) and id(self._owner.model) not in memo:
-            return copy.deepcopy(self.embedding, memo)
-        shared = memo[id(self)] = self.__new__(type(self))
-        shared.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return shared
+    """Further token embeddings that share the table, such as those of a decoder."""
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """As `AdaptiveCompressedEmbedding.forward`."""

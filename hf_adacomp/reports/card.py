@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -61,7 +62,7 @@ def model_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=title,
         model_class=type(model).__name__,
-        library="transformers" if inner is model else type(model).__module__.split(".")[0],
+        library=_import_from(model),
         load=type(model).__name__ if is_sentence_model(model) else f"{type(model).__name__}.from_pretrained",
         location=repo_id or "path/to/this/folder",
         size=size,
@@ -93,7 +94,8 @@ def save_model_card(
     """Write `README.md` in `folder`, or put our part into the one that is there; and its picture.
 
     `save_pretrained` and `push_to_hub` of a packed model do this by themselves; call it to add what they do not know.
-    Further arguments are those of `model_card`. The picture is left out where matplotlib is missing or cannot draw.
+    `repo_id`, `base_model`, `results` and `dense_results` are those of `model_card`. The picture is left out where
+    matplotlib is missing or cannot draw.
 
     Raises:
         ValueError: For a `README.md` that is no model card.
@@ -111,6 +113,13 @@ def save_model_card(
     )
     card.save(file)
     return card
+
+
+def _import_from(model: Any) -> str:
+    """The module that the class of a model is imported from: its library, or the user's own."""
+    name = type(model).__module__
+    library = sys.modules[name.split(".")[0]]
+    return library.__name__ if getattr(library, type(model).__name__, None) is type(model) else name
 
 
 def _load(file: Path) -> ModelCard:

@@ -27,7 +27,15 @@ def push_model_card(
     """Put our part into the model card of a repository, in a commit of its own.
 
     For after `Trainer.push_to_hub`, which always writes a card of its own, and for results that are known only then.
-    Arguments are those of `model_card`.
+
+    Args:
+        model: A compressed model, of transformers or sentence-transformers.
+        repo_id: Of the repository.
+        base_model: As of `model_card`, and so are `results` and `dense_results`.
+        results: Of the compressed model.
+        dense_results: Of the dense one.
+        token: For the Hub, as of `HfApi`.
+        revision: Branch that is read and written.
     """
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:

@@ -115,10 +115,14 @@ def test_a_shorter_code_is_what_a_book_of_the_first_vectors_would_decide():
 @pytest.mark.parametrize(("storage", "dtype"), [("float16", torch.float32), ("int4", torch.float16)])
 def test_a_code_book_that_its_storage_cannot_hold_is_refused(storage, dtype):
     module = BinaryCodebook(6, 4, tied=True, storage=storage, dtype=dtype)
-    with pytest.raises(ValueError, match=rf"up to 60000, and codebook_dtype='{storage}' in a model of {dtype}"):
-        module.take_over(torch.full((6, 4), 6e4), torch.zeros(4))
-    with pytest.raises(ValueError, match="up to 60000"):
-        module.take_over(torch.ones(6, 4), torch.full((4,), 6e4))
+    most, zero = torch.finfo(torch.float16).max, torch.zeros(4)
+    with pytest.raises(ValueError, match=rf"codebook_dtype='{storage}' in a model of {dtype} holds 65504"):
+        module.take_over(torch.full((6, 4), 0.6 * most * module.rate), zero)
+    with pytest.raises(ValueError, match="up to 100000"):
+        module.take_over(torch.ones(6, 4), torch.full((4,), 1e5))
+    module.take_over(torch.full((6, 4), 0.49 * most * module.rate), torch.full((4,), most))
+    module.pack()
+    assert all(tensor.isfinite().all() for tensor in module.stored())
 
 
 def test_packing_can_be_called_again_after_it_failed(monkeypatch):

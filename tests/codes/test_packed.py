@@ -125,6 +125,15 @@ def test_what_is_kept_is_let_go_by_a_move_and_not_by_a_check():
     assert module.to("cpu").kept_bytes == 0
 
 
+def test_what_is_kept_on_another_device_is_made_anew():
+    """As where tensors are moved one by one, and the module does not learn of it."""
+    module = small()
+    order, located = module.order(), module.locate(torch.tensor([0]))
+    module._order, module._located = module._order.to("meta"), tuple(kept.to("meta") for kept in module._located)
+    assert torch.equal(module.order(), order)
+    assert all(torch.equal(*pair) for pair in zip(module.locate(torch.tensor([0])), located, strict=True))
+
+
 def test_codes_that_were_indexed_in_inference_mode_take_part_in_gradients():
     module = small()
     with torch.inference_mode():

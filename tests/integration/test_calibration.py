@@ -20,6 +20,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
     RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from hf_adacomp import AdaCompCallback, AdaCompConfig, calibrate, compress, pack
+from hf_adacomp.integration.compressed_tables import compressed_embeddings
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
 
@@ -279,6 +282,24 @@ def test_what_an_interrupted_fit_was_for_is_forgotten(bert, monkeypatch):
     expected = calibrate(fresh, [right], show_progress=False)
     assert model.get_input_embeddings().token_counts().sum() == 2
     assert same_state(model, expected)
+
+
+def test_tables_that_were_fitted_before_an_interrupt_keep_what_they_were_fitted_to(monkeypatch):
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32}
+    own = MarianConfig(
+        vocab_size=VOCABULARY, share_encoder_decoder_embeddings=False, pad_token_id=0, decoder_start_token_id=0, **sizes
+    )
+    model = compress(MarianMTModel(own), settings(target_ratio=3))
+    ids = torch.arange(5, 25).view(2, 10)
+    first, second = compressed_embeddings(model).values()
+    with monkeypatch.context() as patch:
+        patch.setattr(second, "warm_start", None)
+        with pytest.raises(TypeError):
+            calibrate(model, [{"input_ids": ids, "labels": ids}], show_progress=False)
+    assert (first.phase, second.phase) == ("select", "observe")
+    assert first.token_counts().sum() == 20
+    assert second.token_counts().sum() == 0
 
 
 def test_encoder_decoders_are_calibrated_on_batches_with_labels():

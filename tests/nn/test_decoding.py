@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import LENGTHS, VOCABULARY
 from torch import nn
 
 from hf_adacomp import AdaptiveCompressedEmbedding
@@ -48,6 +48,12 @@ def test_a_few_tokens_are_decoded_without_a_look_at_them(table, monkeypatch):
         monkeypatch.setattr(type(decoder), "_unasked", lambda decoder, tokens: True)
         monkeypatch.setattr("hf_adacomp.nn.decoding.distinct", None)
         assert torch.allclose(decoder.look_up(ids), expected, atol=1e-6)
+        short, longest = (table.code_lengths() == min(LENGTHS)).nonzero().squeeze(1)[:3], []
+        stock = type(decoder.codes).centred
+        monkeypatch.setattr(type(decoder.codes), "centred", lambda *a: longest.append(a[-1]) or stock(*a))
+        decoder.look_up(short)
+        assert longest == [max(LENGTHS)]
+        assert decoder.look_up(ids[:, :0]).shape == (4, 0, 32)
 
 
 @pytest.mark.parametrize("phase", ["select", "encode", "packed"])

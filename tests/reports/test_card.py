@@ -3,10 +3,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import close, word_tokenizer
+from conftest import close, tiny_bert_config, word_tokenizer
 from huggingface_hub import EvalResult, ModelCard
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import BertForSequenceClassification
 
 from hf_adacomp import AdaCompConfig, compress, decompress, model_card, pack, save_model_card, size_report
 from hf_adacomp.reports.card import PICTURE
@@ -40,6 +41,15 @@ def test_saving_writes_a_card(packed_bert, tmp_path):
     assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert repr(packed_bert.get_input_embeddings().config) in card.text
     assert "## Accuracy" not in card.text
+
+
+class Own(BertForSequenceClassification):
+    """A user's own model, which no library has."""
+
+
+def test_a_model_of_ones_own_is_imported_from_where_it_is(config, counts):
+    card = model_card(pack(compress(Own(tiny_bert_config()), config, counts)))
+    assert f"from {__name__} import Own\n" in card.text
 
 
 def test_a_sentence_model_names_its_library():
