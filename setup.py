@@ -27,6 +27,8 @@ setup(
         "accelerate>=1.10.1",
         "safetensors",
         "huggingface_hub",
+        "numpy",
+        "tokenizers",
         "tqdm>=4.60",
     ],
     extras_require={"demo": DEMO, "plots": PLOTS, "onnx": ONNX, "benchmark": BENCHMARK, "test": TEST, "dev": DEV},
