@@ -118,8 +118,8 @@ def save_model_card(
 def _import_from(model: Any) -> str:
     """The module that the class of a model is imported from: its library, or the user's own."""
     name = type(model).__module__
-    library = sys.modules[name.split(".")[0]]
-    return library.__name__ if getattr(library, type(model).__name__, None) is type(model) else name
+    library = name.split(".")[0]
+    return library if getattr(sys.modules.get(library), type(model).__name__, None) is type(model) else name
 
 
 def _load(file: Path) -> ModelCard:
