@@ -36,6 +36,10 @@ TITLES = {
     "count": "lengths by count",
     "fixed": "one length",
     "pq": "product quantization",
+    "opq": "OPQ",
+    "itq": "ITQ",
+    "lsh": "LSH",
+    "svd": "SVD",
     "trim": "frequent tokens alone, int8",
 }
 """What tables call these methods."""
