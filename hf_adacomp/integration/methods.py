@@ -109,7 +109,7 @@ def give_methods(model: PreTrainedModel) -> None:
     """Put our methods before those of the model's class, and of its parts, which are resized, too; tag the model."""
     for _, part in model_parts(model):
         if part is not model and isinstance(input_embeddings(part), WeightFromCodes):
-            bind(part, METHODS_OF_PARTS)
+            bind(part, {name: METHODS[name] for name in METHODS_OF_PARTS})
             if isinstance(input_embeddings(part), SharedEmbedding):
                 bind(part, {"save_pretrained": refuse_to_save})
     bind(model, METHODS)
@@ -134,10 +134,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     transformers_compat.UPLOAD_FILES: upload_files,
 }
 
-METHODS_OF_PARTS: dict[str, Callable[..., Any]] = {
-    transformers_compat.RESIZED_EMBEDDINGS: resized_embeddings,
-    "set_input_embeddings": set_input_embeddings,
-}
+METHODS_OF_PARTS = (transformers_compat.RESIZED_EMBEDDINGS, "set_input_embeddings")
 
 
 def describe(model: Any, folder: str | os.PathLike[str], **where: str) -> None:
